@@ -1,0 +1,113 @@
+"""The causal DiT: equal to diffusers' Wan on one chunk, causal by gradient, and the same whether run in parallel or chunk by chunk."""
+
+import pytest
+import torch
+
+from rf_train import config
+from rf_train.chunks import Attention
+from rf_train.model import CausalWan, parameter_count
+from tests.conftest import randomise, random_clip, tiny_settings
+
+ATTENTIONS = [Attention(), Attention("window", window=2), Attention("window", window=2, sink=1), Attention("routed", k=2)]
+
+
+def parallel_pass(model, x, history, t, text, attention):
+    frames = sum(model.chunking.sizes(x.shape[2])[:-1])
+    return model(noisy=x, t=t, history=history[:, :, :frames] if frames else None, text=text, attention=attention)
+
+
+def cached_pass(model, x, history, t, text, attention):
+    """Chunk after chunk: each pass appends the newest history chunk to the cache and predicts the next noisy one."""
+    sizes = model.chunking.sizes(x.shape[2])
+    cache = model.new_cache(len(x), x.shape[3] // 2 * (x.shape[4] // 2), x.shape[2], attention)
+    out, begin = [], 0
+    for index, size in enumerate(sizes):
+        newest = history[:, :, begin - sizes[index - 1] : begin] if index else None
+        span = slice(begin, begin + size)
+        out.append(model(noisy=x[:, :, span], t=t[:, span], history=newest, text=text, attention=attention, noisy_chunk=index, cache=cache))
+        begin += size
+    return torch.cat(out, dim=2)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS, ids=lambda a: f"{a.kind}{a.sink or ''}")
+@pytest.mark.parametrize("frames, first_chunk, batch", [(3, 3, 1), (6, 3, 1), (21, 3, 1), (20, 3, 3), (10, 1, 3), (1, 1, 1), (63, 3, 1)])
+@torch.no_grad()
+def test_the_parallel_pass_equals_the_cached_pass(tiny_model, attention, frames, first_chunk, batch):
+    model = tiny_model(first_chunk=first_chunk)
+    x, t, text = random_clip(frames, batch, model.settings)
+    history = random_clip(frames, batch, model.settings, seed=2)[0]
+    one, many = parallel_pass(model, x, history, t, text, attention), cached_pass(model, x, history, t, text, attention)
+    assert one.std() > 0.1
+    assert (one - many).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS[:1] + ATTENTIONS[3:], ids=lambda a: a.kind)
+def test_a_noisy_chunk_reads_earlier_history_and_itself_and_nothing_else(tiny_model, attention):
+    model = tiny_model()
+    frames, count = 12, 4
+    x, t, text = random_clip(frames, 1, model.settings)
+    history = random_clip(frames - 3, 1, model.settings, seed=2)[0]
+    for chunk in range(count):
+        noisy, past = x.clone().requires_grad_(), history.clone().requires_grad_()
+        v = model(noisy=noisy, t=t, history=past, text=text, attention=attention)
+        v[:, :, 3 * chunk : 3 * chunk + 3].square().sum().backward()
+        for other in range(count):
+            span = slice(3 * other, 3 * other + 3)
+            assert bool(noisy.grad[:, :, span].any()) == (other == chunk), f"noisy {chunk} and noisy {other}"
+            if other < count - 1:
+                assert bool(past.grad[:, :, span].any()) == (other < chunk), f"noisy {chunk} and history {other}"
+
+
+def test_a_window_hides_what_is_older(tiny_model):
+    model = tiny_model(layers=1)
+    x, t, text = random_clip(15, 1, model.settings)
+    history = random_clip(12, 1, model.settings, seed=2)[0].requires_grad_()
+    v = model(noisy=x, t=t, history=history, text=text, attention=Attention("window", window=2, sink=1))
+    v[:, :, 12:].sum().backward()
+    seen = [bool(history.grad[:, :, 3 * j : 3 * j + 3].any()) for j in range(4)]
+    assert seen == [True, False, True, True]
+
+
+def test_routing_with_enough_chunks_is_dense(tiny_model):
+    model = tiny_model()
+    x, t, text = random_clip(15, 2, model.settings)
+    dense, wide, narrow = (parallel_pass(model, x, x, t, text, a) for a in (Attention(), Attention("routed", k=4), Attention("routed", k=1)))
+    assert torch.equal(dense, wide)
+    assert (dense - narrow).abs().max() > 1e-3
+
+
+def test_checkpointing_changes_nothing(tiny_model):
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model(checkpointing=checkpointing)
+        x, t, text = random_clip(9, 1, model.settings)
+        parallel_pass(model, x, x, t, text, Attention()).square().mean().backward()
+        gradients.append(model.blocks[0].attn1.to_k.weight.grad)
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("batch, frames, height, width", [(1, 3, 4, 6), (2, 5, 8, 4), (3, 1, 6, 6)])
+@torch.no_grad()
+def test_one_chunk_equals_diffusers_wan(batch, frames, height, width):
+    """Same weights by the same names, one chunk spanning the clip, no history: Wan's own velocity."""
+    WanTransformer3DModel = pytest.importorskip("diffusers").WanTransformer3DModel
+    settings = tiny_settings(chunk=frames, first_chunk=frames)
+    reference = WanTransformer3DModel(
+        num_attention_heads=settings.heads, attention_head_dim=settings.dim // settings.heads, in_channels=settings.channels, out_channels=settings.channels,
+        text_dim=settings.text_dim, freq_dim=settings.freq_dim, ffn_dim=settings.ffn_dim, num_layers=settings.layers,
+    )  # fmt: skip
+    randomise(reference, 3)
+    model = CausalWan(settings)
+    model.load_state_dict({name: tensor for name, tensor in reference.state_dict().items()}, strict=True)
+    x, _, text = random_clip(frames, batch, settings, height, width)
+    t = torch.rand(batch)
+    ours = model(noisy=x, t=t[:, None].expand(-1, frames), history=None, text=text, attention=Attention())
+    theirs = reference(hidden_states=x, timestep=1000 * t, encoder_hidden_states=text, return_dict=False)[0]
+    assert theirs.std() > 0.1
+    assert (ours - theirs).abs().max() <= 1e-5
+
+
+def test_parameter_counts_are_wans():
+    assert parameter_count(config.Model()) == 1_418_996_800
+    assert parameter_count(config.Model(dim=5120, ffn_dim=13824, heads=40, layers=40)) == 14_288_491_584
