@@ -164,6 +164,14 @@ class Recipe:
         raise ValueError(f"step {step} is past the recipe's end")
 
 
+def recipe_path(name: str) -> Path:
+    """A recipe file, or the shipped recipe of that name (`demo`)."""
+    shipped = Path(__file__).parent / "recipes"
+    if not Path(name).exists() and (shipped / f"{Path(name).stem}.yaml").is_file():
+        return shipped / f"{Path(name).stem}.yaml"
+    return Path(name)
+
+
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     """Reads a recipe. `overrides` are ``dotted.key=value`` strings, values in YAML.
 

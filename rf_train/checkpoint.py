@@ -1,0 +1,251 @@
+"""Checkpoints: each rank's slices of weights, Adam's moments and the average, as safetensors, with a manifest.
+
+    RUN/checkpoints/step-00000500/rank-00000.safetensors     master/NAME, exp_avg/NAME, exp_avg_sq/NAME, ema/NAME: flat fp32 slices
+                                  manifest.json              step, world size, parameter shapes, size and sha256 of every file
+    RUN/latest                                               the newest whole checkpoint's name
+
+Slice r of W of a parameter is elements [r n, (r + 1) n) of it flattened, n = ceil(numel / W), the last one padded. So any number of
+ranks can read what another number wrote, and no rank ever holds the whole model. A checkpoint is made in a folder of another name, which is
+renamed when all of it is on disk; `latest` moves last.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
+
+
+class Shards:
+    """This rank's slices of a ZeRO-3 engine's state, by parameter name, and the average of the weights (EMA).
+
+    The average is kept on each rank's own slices: no communication, exact.
+    """
+
+    def __init__(self, engine, decay: float):
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        self.engine, self.decay, self.step = engine, decay, 0
+        self.parameters = {name: parameter for name, parameter in engine.module.named_parameters()}
+        self.shapes = {name: tuple(parameter.ds_shape) for name, parameter in self.parameters.items()}
+        self.master = {name: safe_get_local_fp32_param(parameter) for name, parameter in self.parameters.items()}
+        self.ema = {name: slice.clone() for name, slice in self.master.items()}
+
+    def _moments(self) -> dict[str, dict[str, Tensor]]:
+        from deepspeed.utils import safe_get_local_optimizer_state
+
+        return {kind: {name: safe_get_local_optimizer_state(p, kind) for name, p in self.parameters.items()} for kind in ("exp_avg", "exp_avg_sq")}
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """ema <- d ema + (1 - d) weights, with d rising to `decay` over the first steps: d = min(decay, (1 + n) / (10 + n))."""
+        self.step += 1
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.ema.values()), list(self.master.values()), 1 - decay)
+
+    def restart_average(self) -> None:
+        """The average becomes the weights as they are."""
+        torch._foreach_copy_(list(self.ema.values()), list(self.master.values()))
+
+    def tensors(self) -> dict[str, Tensor]:
+        kinds = {"master": self.master, "ema": self.ema, **self._moments()}
+        return {f"{kind}/{name}": slice.detach().cpu().contiguous() for kind, slices in kinds.items() for name, slice in slices.items()}
+
+    @torch.no_grad()
+    def load(self, folder: Path, manifest: dict) -> None:
+        """Puts this rank's slices of the checkpoint in place; the checkpoint may come from another number of ranks."""
+        wrong = difference(manifest["shapes"], self.shapes)
+        if wrong:
+            raise ValueError(f"{folder}: the checkpoint is of another model: {wrong}")
+        rank, world = dist.get_rank(), dist.get_world_size()
+        optimizer = self.engine.optimizer.optimizer
+        for flat in self.engine.optimizer.fp32_partitioned_groups_flat:
+            optimizer.state[flat] = {
+                "step": torch.tensor(float(manifest["optimizer_steps"])),
+                "exp_avg": torch.zeros_like(flat),
+                "exp_avg_sq": torch.zeros_like(flat),
+            }
+        moments = self._moments()
+        with Reader(folder, manifest) as reader:
+            for name, parameter in self.parameters.items():
+                places = {"master": self.master, "ema": self.ema, **moments}
+                for kind, slices in places.items():
+                    slices[name].copy_(reader.slice(kind, name, rank, world))
+                parameter.ds_tensor.data.copy_(self.master[name].view_as(parameter.ds_tensor))
+        self.step = manifest["average_steps"]
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps that AdamW has taken."""
+        states = list(self.engine.optimizer.optimizer.state.values())
+        return int(states[0]["step"]) if states else 0
+
+
+class Reader:
+    """Reads slices of parameters from a checkpoint, whatever number of ranks wrote it."""
+
+    def __init__(self, folder: Path, manifest: dict):
+        self.shapes, self.world = manifest["shapes"], manifest["world_size"]
+        self.paths = [folder / f"rank-{rank:05d}.safetensors" for rank in range(self.world)]
+
+    def __enter__(self) -> "Reader":
+        self.files = [safe_open(path, "pt") for path in self.paths]
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.files = []
+
+    def flat(self, kind: str, name: str, begin: int, end: int) -> Tensor:
+        """Elements begin .. end - 1 of the flattened parameter, fp32."""
+        size = -(-_numel(self.shapes[name]) // self.world)
+        pieces = []
+        for rank in range(begin // size, min(self.world, -(-end // size))):
+            low, high = max(begin - rank * size, 0), min(end - rank * size, size)
+            pieces.append(self.files[rank].get_slice(f"{kind}/{name}")[low:high])
+        return torch.cat(pieces) if pieces else torch.zeros(0)
+
+    def slice(self, kind: str, name: str, rank: int, world: int) -> Tensor:
+        """Slice `rank` of `world` of a parameter, zero-padded to its full length."""
+        total = _numel(self.shapes[name])
+        size = -(-total // world)
+        found = self.flat(kind, name, min(rank * size, total), min((rank + 1) * size, total))
+        return torch.nn.functional.pad(found, (0, size - len(found)))
+
+    def whole(self, kind: str, name: str) -> Tensor:
+        """The parameter in its shape, fp32."""
+        return self.flat(kind, name, 0, _numel(self.shapes[name])).view(self.shapes[name])
+
+
+def _numel(shape) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def difference(theirs: dict, ours: dict) -> str:
+    """What differs between two {name: shape}, all of it in one line; "" when nothing does."""
+    found = [f"{name} is missing" for name in ours if name not in theirs]
+    found += [f"{name} is not in the model" for name in theirs if name not in ours]
+    found += [f"{name} is {list(theirs[name])}, the model's is {list(ours[name])}" for name in ours if name in theirs and list(theirs[name]) != list(ours[name])]
+    return "; ".join(found)
+
+
+def save(run: Path, step: int, shards: Shards) -> Path:
+    """Writes the checkpoint of `step`, on all ranks together. Nothing reads it before all of it is on disk."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    final = run / "checkpoints" / f"step-{step:08d}"
+    making = final.with_name(final.name + ".making")
+    if rank == 0:
+        shutil.rmtree(making, ignore_errors=True)
+        making.mkdir(parents=True)
+    dist.barrier()
+    path = making / f"rank-{rank:05d}.safetensors"
+    save_file(shards.tensors(), path)
+    _sync(path)
+    entries: list = [None] * world
+    dist.all_gather_object(entries, {"file": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)})
+    if rank == 0:
+        manifest = {
+            "step": step, "world_size": world, "optimizer_steps": shards.optimizer_steps, "average_steps": shards.step,
+            "shapes": {name: list(shape) for name, shape in shards.shapes.items()}, "files": entries,
+        }  # fmt: skip
+        write_json(making / "manifest.json", manifest)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(making, final)
+        _sync(final.parent)
+        write_text(run / "latest", final.name)
+    dist.barrier()
+    return final
+
+
+def latest(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None."""
+    pointer = run / "latest"
+    if not pointer.is_file():
+        return None
+    folder = run / "checkpoints" / pointer.read_text().strip()
+    if not folder.is_dir():
+        raise ValueError(f"{pointer} names {folder.name}, which is not in {folder.parent}")
+    return folder
+
+
+def at_step(run: Path, step: int) -> Path:
+    """The run's checkpoint of `step`, or its newest with step 0."""
+    folder = run / "checkpoints" / f"step-{step:08d}" if step else latest(run)
+    if folder is None or not folder.is_dir():
+        known = sorted(int(p.name[5:]) for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdigit())
+        raise ValueError(f"{run}: no checkpoint{f' of step {step}' if step else ''}; it has {known or 'none'}")
+    return folder
+
+
+def verified(folder: Path) -> dict:
+    """The manifest of a checkpoint, after every file's size and hash were compared with it. Raises ValueError naming what is damaged."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: no readable manifest.json: {error}") from None
+    for entry in manifest["files"]:
+        path = folder / entry["file"]
+        if not path.is_file():
+            raise ValueError(f"{path}: missing from the checkpoint")
+        if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+            raise ValueError(f"{path}: damaged, its content is not what was saved; go back to an older checkpoint")
+    return manifest
+
+
+def read_weights(folder: Path, kind: str = "ema") -> dict[str, Tensor]:
+    """All weights of a checkpoint as fp32 tensors, the average ("ema") or the last ones ("master")."""
+    manifest = verified(folder)
+    try:
+        with Reader(folder, manifest) as reader:
+            return {name: reader.whole(kind, name) for name in manifest["shapes"]}
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def prune(run: Path, keep: int, always: set[int]) -> None:
+    """Removes checkpoints that are neither among the `keep` newest nor at a step in `always`."""
+    steps = sorted(int(p.name[5:]) for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdigit())
+    for step in steps[:-keep]:
+        if step not in always:
+            shutil.rmtree(run / "checkpoints" / f"step-{step:08d}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file as a whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=1))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        if hasattr(hashlib, "file_digest"):  # Python 3.11
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
