@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -187,6 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     rank = int(os.environ.get("RANK", 0))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, one line each
     try:
         recipe = config.load(config.recipe_path(options.recipe), options.overrides)
         if finished(recipe):

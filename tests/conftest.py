@@ -48,3 +48,34 @@ def random_clip(frames: int, batch: int = 1, settings: config.Model | None = Non
         length = 1 + row % settings.text_len
         text[row, :length] = torch.randn(length, settings.text_dim, generator=stream)
     return x, t, text
+
+
+def write_dataset(folder, count: int = 12, frames: int = 9, settings: config.Model | None = None, height: int = 4, width: int = 6, seed: int = 0):
+    """A dataset folder of random latents, written with the real writer."""
+    import numpy as np
+
+    from data_prep.shards import ShardWriter, write_card
+
+    settings = settings or tiny_settings()
+    stream = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    with ShardWriter(folder, 5) as writer:
+        for index in range(count):
+            latent = stream.standard_normal((settings.channels, frames, height, width)).astype(np.float32)
+            latent = np.cumsum(latent, axis=1) / np.sqrt(np.arange(1, frames + 1))[:, None, None]  # frames that have to do with one another
+            text = stream.standard_normal((1 + index % settings.text_len, settings.text_dim))
+            writer.add(f"{index:06d}_0000", latent, text, {"caption": f"clip {index}"})
+    channels = settings.channels
+    write_card(folder, {
+        "schema": 1,
+        "codec": {"name": "default", "hash": "c", "settings": {}},
+        "latent": {"channels": channels, "frames": frames, "height": height, "width": width, "dtype": "float16", "strides": [4, 8, 8], "mean": [0.0] * channels, "std": [1.0] * channels},
+        "video": {"fps": 16, "frames": 4 * frames - 3, "height": 8 * height, "width": 8 * width},
+        "text": {"name": "default", "dim": settings.text_dim, "max_tokens": settings.text_len, "hash": "t"},
+        "empty_caption": [[0.1] * settings.text_dim],
+        "counts": {"videos": count, "samples": count, "shards": len(writer.shards), "skipped": {}},
+        "skipped": [],
+        "shards": writer.shards,
+        "source": {"path": "", "settings": {}},
+    })  # fmt: skip
+    return folder

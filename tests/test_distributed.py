@@ -1,0 +1,185 @@
+"""ZeRO-3 on two ranks: equal to one process without DeepSpeed, resumed equal to uninterrupted, and gathered once for the rollout."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from rf_train import checkpoint, config
+from rf_train.metrics import read_metrics
+from tests.conftest import tiny_settings, write_dataset
+from tests.distributed import run_distributed
+
+
+def recipe_dict(folder: Path, out: Path, **changes) -> dict:
+    stages = [
+        {"name": "forcing", "history": "clean", "steps": 3, "batch": 4, "lr": 3e-3, "warmup": 1},
+        {"name": "resampling", "history": "autoregressive", "steps": 3, "batch": 4, "lr": 2e-3},
+        {"name": "routed", "history": "autoregressive", "attention": "routed", "k": 1, "steps": 2, "batch": 4, "lr": 1e-3},
+    ]
+    return {
+        "model": vars(tiny_settings()), "data": {"train": str(folder)}, "stages": stages, "flow": {"caption_dropout": 0.3},
+        "optimizer": {"micro_batch": 1, "ema": 0.9}, "run": {"out": str(out), "wandb": "disabled", "save_every": 2, "keep": 10, "seed": 4}, **changes,
+    }  # fmt: skip
+
+
+def train_on_this_rank(recipe: dict) -> None:
+    from rf_train.train import train
+
+    train(config.from_dict(recipe))
+
+
+def train_plainly(recipe: config.Recipe) -> tuple[list[float], dict, dict]:
+    """The recipe in one process without DeepSpeed: losses, weights and their average."""
+    from rf_train import data
+    from rf_train.model import CausalWan
+    from rf_train.resampling import make_history, training_loss
+
+    datasets = data.open_datasets(recipe)
+    torch.manual_seed(recipe.run.seed)
+    model = CausalWan(recipe.model)
+    o = recipe.optimizer
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay)
+    average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    losses = []
+    for step, batches in data.steps(recipe, datasets, 0, 0, 1):
+        _, stage, inside = recipe.stage_at(step)
+        optimizer.param_groups[0]["lr"] = stage.lr * min(1, (inside + 1) / (stage.warmup + 1))
+        total = 0.0
+        for batch in batches:
+            history, _ = make_history(model, batch.x, batch.text, batch.draws, stage, model.chunking)
+            loss = training_loss(model, batch.x, batch.text, history, batch.draws, recipe.flow, stage, model.chunking).loss / len(batches)
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(o.ema, (2 + step) / (11 + step))
+        for name, parameter in model.named_parameters():
+            average[name].lerp_(parameter.detach(), 1 - decay)
+        losses.append(total)
+    return losses, dict(model.named_parameters()), average
+
+
+def losses_of(run: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(run / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def two_rank_run(tmp_path_factory):
+    """(dataset, run): the recipe trained on two ranks."""
+    folder = tmp_path_factory.mktemp("two")
+    write_dataset(folder / "data")
+    run_distributed(train_on_this_rank, 2, recipe=recipe_dict(folder / "data", folder / "run"))
+    return folder / "data", folder / "run"
+
+
+def test_two_zero3_ranks_equal_one_process_without_deepspeed(two_rank_run, tmp_path):
+    """Losses through all stages to 1e-4 relative; weights and their average too."""
+    data, run = two_rank_run
+    losses, weights, average = train_plainly(config.from_dict(recipe_dict(data, tmp_path)))
+    assert len(losses) == 8 and losses[-1] != losses[0]
+    torch.testing.assert_close(torch.tensor(losses_of(run)), torch.tensor(losses), rtol=1e-4, atol=0)
+    folder = checkpoint.latest(run)
+    for kind, plain in (("master", weights), ("ema", average)):
+        ours = checkpoint.read_weights(folder, kind)
+        assert ours.keys() == plain.keys()
+        for name in plain:
+            torch.testing.assert_close(ours[name], plain[name].detach(), rtol=1e-3, atol=2e-4, msg=lambda m: f"{kind} {name}: {m}")
+
+
+def rewound(run: Path, to: Path, step: int) -> Path:
+    """A copy of a run as it stood after `step`."""
+    shutil.copytree(run, to)
+    for folder in (to / "checkpoints").iterdir():
+        if int(folder.name[5:]) > step:
+            shutil.rmtree(folder)
+    (to / "latest").write_text(f"step-{step:08d}")
+    return to
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(two_rank_run, tmp_path):
+    data, run = two_rank_run
+    again = rewound(run, tmp_path / "again", 4)
+    run_distributed(train_on_this_rank, 2, recipe=recipe_dict(data, again))
+    assert losses_of(again) == losses_of(run)
+    for kind in checkpoint.KINDS:
+        ours, theirs = (checkpoint.read_weights(checkpoint.latest(folder), kind) for folder in (again, run))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), kind
+
+
+def test_one_rank_goes_on_from_what_two_wrote(two_rank_run, tmp_path):
+    data, run = two_rank_run
+    recipe = recipe_dict(data, tmp_path / "fork", start={"run": str(run), "step": 4})
+    run_distributed(train_on_this_rank, 1, recipe=recipe)
+    torch.testing.assert_close(torch.tensor(losses_of(tmp_path / "fork")), torch.tensor(losses_of(run)[4:]), rtol=1e-4, atol=0)
+
+
+def test_damage_to_a_checkpoint_is_found_and_named(two_rank_run, tmp_path):
+    _, run = two_rank_run
+    again = rewound(run, tmp_path / "again", 4)
+    path = checkpoint.latest(again) / "rank-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="rank-00001.safetensors: damaged"):
+        checkpoint.verified(checkpoint.latest(again))
+    (again / "latest").write_text("step-00000077")
+    with pytest.raises(ValueError, match="step-00000077"):
+        checkpoint.latest(again)
+
+
+def count_gathers_on_this_rank(recipe: dict) -> dict:
+    """Elements gathered by a held rollout, and whether weights, training losses and partitions are untouched by it."""
+    from rf_train import data, distributed
+    from rf_train.resampling import make_history, training_loss
+    from rf_train.train import EngineModel
+
+    recipe = config.from_dict(recipe)
+    rank, world, device = distributed.start()
+    datasets = data.open_datasets(recipe)
+    engine = distributed.build_engine(recipe, device, world, 1)
+    stage, model = recipe.stages[1], engine.module
+    batch = data.step_batches(recipe, datasets, 0, rank, world)[0]
+    parameters = list(model.parameters())
+    gathered = []
+    original = type(parameters[0]).all_gather_coalesced if hasattr(type(parameters[0]), "all_gather_coalesced") else None
+    assert original is None  # DeepSpeed sets the method on each parameter
+
+    def counting(own):
+        def gather(params, *arguments, **keywords):
+            gathered.append(sum(parameter.ds_numel for parameter in params))
+            return own(params, *arguments, **keywords)
+
+        return gather
+
+    for parameter in parameters:
+        parameter.all_gather_coalesced = counting(parameter.all_gather_coalesced)
+    losses = []
+    for _ in range(3):
+        with distributed.held(engine) as plain:
+            history, _ = make_history(plain, batch.x, batch.text, batch.draws, stage, model.chunking)
+        held, passes = sum(gathered), len(gathered)
+        gathered.clear()
+        result = training_loss(EngineModel(engine), batch.x, batch.text, history, batch.draws, recipe.flow, stage, model.chunking)
+        engine.backward(result.loss)
+        engine.step()
+        gathered.clear()
+        losses.append(result.loss.item())
+    try:
+        with distributed.held(engine):
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    partitioned = all(parameter.numel() == 0 for parameter in parameters)
+    return {"held": held, "calls": passes, "model": sum(parameter.ds_numel for parameter in parameters), "losses": losses, "partitioned": partitioned}
+
+
+def test_the_rollout_gathers_the_model_once_and_gives_it_back(two_rank_run, tmp_path):
+    data, _ = two_rank_run
+    for result in run_distributed(count_gathers_on_this_rank, 2, recipe=recipe_dict(data, tmp_path)):
+        assert result["held"] == result["model"]
+        assert result["calls"] == 3  # two blocks and the rest
+        assert result["losses"][2] < result["losses"][0]
+        assert result["partitioned"]
