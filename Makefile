@@ -7,20 +7,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# Ranks of the demo's training: its GPUs, a power of two and at most 8; two on a CPU.
+# Ranks of the demo's training: its GPUs, a power of two and at most 4; two on a CPU.
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
-RANKS ?= $(shell if [ $(GPUS) -ge 8 ]; then echo 8; elif [ $(GPUS) -ge 4 ]; then echo 4; elif [ $(GPUS) -eq 1 ]; then echo 1; else echo 2; fi)
-MICRO := $(shell echo $$((8 / $(RANKS))))
+RANKS ?= $(shell if [ $(GPUS) -ge 4 ]; then echo 4; elif [ $(GPUS) -eq 1 ]; then echo 1; else echo 2; fi)
+MICRO := $(shell echo $$((12 / $(RANKS))))
 TRAIN := $(BIN)/deepspeed --num_accelerators $(RANKS) --module rf_train.train
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: demo test setup clean
 
 demo: setup
-	$(BIN)/python -m data_prep.draw data/demo/videos/train --videos 512 --frames 81 --size 64x64 --seed 0
-	$(BIN)/python -m data_prep.draw data/demo/videos/long --videos 16 --frames 249 --size 64x64 --seed 1
-	$(BIN)/python -m data_prep.encode data/demo/videos/train data/demo/train --fps 16 --size 64x64 --frames 81 --codec default --text default --samples-per-shard 128
-	$(BIN)/python -m data_prep.encode data/demo/videos/long data/demo/long --fps 16 --size 64x64 --frames 249 --codec default:data/demo/train --text default --samples-per-shard 128
+	$(BIN)/python -m data_prep.draw data/demo/videos/train --videos 768 --frames 57 --size 48x48 --shapes 2-2 --seed 0
+	$(BIN)/python -m data_prep.draw data/demo/videos/long --videos 16 --frames 237 --size 48x48 --shapes 2-2 --seed 1
+	$(BIN)/python -m data_prep.encode data/demo/videos/train data/demo/train --fps 16 --size 48x48 --frames 57 --codec default --text default --samples-per-shard 256
+	$(BIN)/python -m data_prep.encode data/demo/videos/long data/demo/long --fps 16 --size 48x48 --frames 237 --codec default:data/demo/train --text default --samples-per-shard 128
 	$(TRAIN) demo optimizer.micro_batch=$(MICRO)
 	$(TRAIN) demo_teacher_forcing optimizer.micro_batch=$(MICRO)
 	$(BIN)/python -m rf_train.evaluate runs/demo

@@ -27,8 +27,9 @@ BLOCK = 4 * 8 * 8 * 3       # the numbers in a block of 4 frames of 8x8 RGB pixe
 CODEC_FILE = "codec.safetensors"
 
 # A channel with standard deviation s is divided by s ** TEMPER (times one constant that makes the mean variance 1).
-# 1 would give every channel variance 1 and so blow up the faint ones, which are little but noise to a small model.
-TEMPER = 0.5
+# 1 would give every channel variance 1 and so blow up the faint ones, which are little but noise to a small model; of 0.8, 0.5 and
+# 0.25, the last let a small model keep the shapes of the drawn world best.
+TEMPER = 0.25
 
 # The default codec's fit. Its time, about 10 s on one core, does not depend on the amount of video.
 COMPONENTS = 160            # the decoder's outputs: principal components of a block

@@ -29,12 +29,12 @@ PALETTE = {  # name -> RGB
     "cyan": (40, 215, 225),
 }
 BACKGROUND = (20, 20, 26)
-KINDS = ("circle", "square", "triangle", "diamond")
+KINDS = ("circle", "square")
 DIRECTIONS = ("right", "down and right", "down", "down and left", "left", "up and left", "up", "up and right")
 
 # In units of the frame's shorter side, and of that per second. At 64x64 and 16 frames a second:
-RADII = (8 / 64, 11 / 64)       # 8 to 11 pixels
-SPEEDS = (8 / 64, 16 / 64)      # 0.5 to 1 pixel a frame
+RADII = (10 / 64, 13 / 64)      # 10 to 13 pixels
+SPEEDS = (6 / 64, 14 / 64)      # 0.4 to 0.9 pixels a frame
 EDGE = 2                        # pixels over which a shape's edge fades: antialiased, and kind to small codecs
 
 
@@ -89,10 +89,6 @@ def _distance(kind, x, y, r):
         return np.hypot(x, y) - r
     if kind == "square":
         return np.maximum(np.abs(x), np.abs(y)) - 0.88 * r
-    if kind == "diamond":
-        return (np.abs(x) + np.abs(y) - r) / math.sqrt(2)
-    if kind == "triangle":     # equilateral, point up, its centre of mass at the origin
-        return np.maximum(math.sqrt(3) / 2 * np.abs(x) - y / 2, y) - r / 2
     raise ValueError(f"unknown shape {kind!r}, known: {', '.join(KINDS)}")
 
 

@@ -112,24 +112,30 @@ def _from(path, container, stream, start):
     """As `_decode`, from the last frame shown before `start` on where the file can be searched, and with a last
     entry whose frame is None at the time the video ends."""
     if start > 1:
-        origin, clock = next(_decode(path, container, stream))[0], stream.time_base
-        for target in (origin + start, origin):     # if the search overshoots, read from the beginning
-            container.seek(int(target / clock), stream=stream)
-            frames = _decode(path, container, stream)
-            try:
-                head = next(frames)
-            except VideoError:                      # nothing there
-                if target == origin:
-                    raise
-                continue
-            if head[0] <= origin + start:
-                break
+        origin = next(_decode(path, container, stream))[0]
+        container.seek(int((origin + start) / stream.time_base), stream=stream)
+        frames = _decode(path, container, stream)
+        try:
+            head = next(frames)
+        except VideoError:
+            head = None
+        if head is None or head[0] > origin + start:        # nothing there, or too far: read from the beginning
+            frames = _all(path)
+            head = next(frames)
         yield head[0] - origin, head[1] - origin, head[2]
     else:
         frames, origin = _decode(path, container, stream), None
     for time, until, frame in frames:
         origin = time if origin is None else origin
         yield time - origin, until - origin, frame
+
+
+def _all(path):
+    """`_decode` of the whole of a file, opened for it."""
+    with _open(path) as container:
+        stream = best_stream(container)
+        stream.thread_type = "AUTO"
+        yield from _decode(path, container, stream)
 
 
 def _decode(path, container, stream):
@@ -241,14 +247,14 @@ def _picture(frame, stream, size):
 def write_video(path, frames, fps, crf=16):
     """Write frames, uint8 [T, H, W, 3] or an iterable of [H, W, 3], as an H.264 mp4 that browsers play.
 
-    yuv420p with its index in front; bytes depend on the frames alone. `path` appears only when it is whole.
+    yuv420p with its index in front, made on one thread so that the same frames give the same file. `path` appears only when it is whole.
     Raises ValueError for no frames, odd sizes, or frames that are not alike.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     container = stream = None
     try:
-        for frame in frames:
+        for number, frame in enumerate(frames):
             frame = np.asarray(frame)
             if stream is None:
                 if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
@@ -259,11 +265,13 @@ def write_video(path, frames, fps, crf=16):
                 container = av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"})
                 stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(100_000))
                 stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-                # One thread: the number of threads would change the bytes.
                 stream.options = {"crf": str(crf), "preset": "medium", "threads": "1"}
             if frame.shape != (height, width, 3) or frame.dtype != np.uint8:
                 raise ValueError(f"{path}: a frame is {frame.dtype} {frame.shape}, the first was {(height, width, 3)}")
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            picture = picture.reformat(format="yuv420p", threads=1)
+            picture.pts, picture.time_base = number, 1 / stream.average_rate
+            container.mux(stream.encode(picture))
         if stream is None:
             raise ValueError(f"{path}: no frames to write")
         container.mux(stream.encode(None))

@@ -87,6 +87,7 @@ class Stage:
     data: str = ""  # dataset folder; "" = data.train
     batch: int = 64  # clips in a step, over all ranks
     lr: float = 5e-5
+    lr_end: float = 0.0  # the rate falls linearly to this by the stage's end; 0 = it stays
     warmup: int = 0  # steps of linear learning-rate warm-up at the start of the stage
     s: float = 0.6  # shift of the resampling level t_s
     solver_steps: int = 1  # Euler steps of the rollout
@@ -96,7 +97,7 @@ class Stage:
         require(self.attention in ATTENTIONS, f"attention={self.attention!r}: choose one of {', '.join(ATTENTIONS)}")
         require(self.steps >= 1 and self.batch >= 1 and self.solver_steps >= 1, "steps, batch and solver_steps must be at least 1")
         require(self.k >= 1 and self.window >= 1, "k and window must be at least 1")
-        require(self.s > 0 and self.lr > 0, "s and lr must be positive")
+        require(self.s > 0 and self.lr > 0 and self.lr_end >= 0, "s and lr must be positive, lr_end not negative")
 
 
 @dataclass(frozen=True)

@@ -115,10 +115,17 @@ def unpacked(total: Tensor) -> dict:
 
 
 def set_learning_rate(engine, stage: config.Stage, inside: int) -> None:
-    """The stage's rate, rising linearly over its first `warmup` steps."""
-    rate = stage.lr * min(1.0, (inside + 1) / (stage.warmup + 1))
+    """The stage's rate at its 0-based step `inside`."""
+    rate = learning_rate(stage, inside)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
+
+
+def learning_rate(stage: config.Stage, inside: int) -> float:
+    """Rises linearly over the first `warmup` steps; falls linearly to `lr_end` by the stage's end when one is set."""
+    end = stage.lr_end or stage.lr
+    falling = stage.lr + (end - stage.lr) * inside / max(1, stage.steps - 1)
+    return falling * min(1.0, (inside + 1) / (stage.warmup + 1))
 
 
 def stage_ends(recipe: config.Recipe) -> set[int]:

@@ -14,7 +14,7 @@ from tests.distributed import run_distributed
 
 def recipe_dict(folder: Path, out: Path, **changes) -> dict:
     stages = [
-        {"name": "forcing", "history": "clean", "steps": 3, "batch": 4, "lr": 3e-3, "warmup": 1},
+        {"name": "forcing", "history": "clean", "steps": 3, "batch": 4, "lr": 3e-3, "lr_end": 2e-3, "warmup": 1},
         {"name": "resampling", "history": "autoregressive", "steps": 3, "batch": 4, "lr": 2e-3},
         {"name": "routed", "history": "autoregressive", "attention": "routed", "k": 1, "steps": 2, "batch": 4, "lr": 1e-3},
     ]
@@ -35,6 +35,7 @@ def train_plainly(recipe: config.Recipe) -> tuple[list[float], dict, dict]:
     from rf_train import data
     from rf_train.model import CausalWan
     from rf_train.resampling import make_history, training_loss
+    from rf_train.train import learning_rate
 
     datasets = data.open_datasets(recipe)
     torch.manual_seed(recipe.run.seed)
@@ -45,7 +46,7 @@ def train_plainly(recipe: config.Recipe) -> tuple[list[float], dict, dict]:
     losses = []
     for step, batches in data.steps(recipe, datasets, 0, 0, 1):
         _, stage, inside = recipe.stage_at(step)
-        optimizer.param_groups[0]["lr"] = stage.lr * min(1, (inside + 1) / (stage.warmup + 1))
+        optimizer.param_groups[0]["lr"] = learning_rate(stage, inside)
         total = 0.0
         for batch in batches:
             history, _ = make_history(model, batch.x, batch.text, batch.draws, stage, model.chunking)

@@ -114,7 +114,7 @@ def test_millisecond_timestamps_do_not_double_frames(tmp_path):
 
 
 @pytest.mark.parametrize("ext", ["mp4", "mkv", "avi", "ts"])
-@pytest.mark.parametrize("start", [0.4, 1.2])
+@pytest.mark.parametrize("start", [0.4, 1.08, 1.2])
 def test_spans(tmp_path, ext, start):
     """Searching to the start gives the same as reading on from the beginning."""
     path = write(tmp_path / f"video.{ext}", options={"g": "10", "bf": "2"})
