@@ -111,7 +111,8 @@ def read_frames(path, fps, size=None, start=0, end=None):
 def _from(path, container, stream, start):
     """As `_decode`, from the last frame shown before `start` on where the file can be searched, and with a last
     entry whose frame is None at the time the video ends."""
-    if start > 1:
+    # Not in AVI: its times are counted from the first packet on, and a search would lose the count.
+    if start > 1 and container.format.name != "avi":
         origin = next(_decode(path, container, stream))[0]
         container.seek(int((origin + start) / stream.time_base), stream=stream)
         frames = _decode(path, container, stream)
@@ -247,7 +248,7 @@ def _picture(frame, stream, size):
 def write_video(path, frames, fps, crf=16):
     """Write frames, uint8 [T, H, W, 3] or an iterable of [H, W, 3], as an H.264 mp4 that browsers play.
 
-    yuv420p with its index in front, made on one thread so that the same frames give the same file. `path` appears only when it is whole.
+    yuv420p with its index in front; the same frames give the same file. `path` appears only when it is whole.
     Raises ValueError for no frames, odd sizes, or frames that are not alike.
     """
     path = Path(path)
@@ -265,7 +266,9 @@ def write_video(path, frames, fps, crf=16):
                 container = av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"})
                 stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(100_000))
                 stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-                stream.options = {"crf": str(crf), "preset": "medium", "threads": "1"}
+                # The same frames give the same file: one thread, and no mbtree, whose assembly makes tiny pictures
+                # depend on what the memory held before.
+                stream.options = {"crf": str(crf), "preset": "medium", "threads": "1", "x264-params": "mbtree=0"}
             if frame.shape != (height, width, 3) or frame.dtype != np.uint8:
                 raise ValueError(f"{path}: a frame is {frame.dtype} {frame.shape}, the first was {(height, width, 3)}")
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")

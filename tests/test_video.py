@@ -113,11 +113,12 @@ def test_millisecond_timestamps_do_not_double_frames(tmp_path):
     assert numbers(path, 16) == list(range(33))
 
 
-@pytest.mark.parametrize("ext", ["mp4", "mkv", "avi", "ts"])
+@pytest.mark.parametrize("codec, ext", [("libx264", "mp4"), ("libx264", "mkv"), ("libx264", "avi"), ("libx264", "ts"),
+                                        ("mpeg4", "avi"), ("mpeg4", "mp4"), ("mpeg2video", "ts")])
 @pytest.mark.parametrize("start", [0.4, 1.08, 1.2])
-def test_spans(tmp_path, ext, start):
+def test_spans(tmp_path, codec, ext, start):
     """Searching to the start gives the same as reading on from the beginning."""
-    path = write(tmp_path / f"video.{ext}", options={"g": "10", "bf": "2"})
+    path = write(tmp_path / f"video.{ext}", codec, options={"g": "10", "bf": "2", "b": "2000000"})
     whole = numbers(path, 25)
     first = round(start * 25)
     assert numbers(path, 25, start=start) == whole[first:]
