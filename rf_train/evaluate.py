@@ -88,7 +88,7 @@ def evaluate(generator: Generator, dataset: Latents, clips: int, given_chunks: i
             true = torch.stack([latent for latent, _, _ in samples])
             prompts = [meta["caption"] for _, _, meta in samples]
             seeds = [seed + index for index in indices]
-            made = torch.cat(list(generator.chunks(prompts, total, seeds, true[:, :, :given_frames])), dim=2).cpu()
+            made = torch.cat(list(generator.chunks([text for _, text, _ in samples], total, seeds, true[:, :, :given_frames])), dim=2).cpu()
             for index, latent_made, latent_true, prompt in zip(indices, made.numpy(), true.numpy(), prompts):
                 ours, truth = generator.codec.decode(latent_made), generator.codec.decode(latent_true)
                 figures = [compare(ours[pixels_of(s)], truth[pixels_of(s)], latent_made[:, slice(*s)], latent_true[:, slice(*s)]) for s in spans]

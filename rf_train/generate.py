@@ -27,21 +27,20 @@ from rf_train.sampling import sample_chunks
 
 @dataclass
 class Generator:
-    """A trained model with what stands around it: the codec, the text encoder, the dataset's card."""
+    """A trained model with what stands around it: the codec, and the training data's card."""
 
     recipe: config.Recipe
     model: CausalWan
     step: int
     card: dict
     codec: object
-    text: object
+    dataset: Path
     device: torch.device
 
-    def texts(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Padded embeddings of the prompts and of the empty caption, each [B, text_len, text_dim], on the device."""
-        vectors = [torch.from_numpy(np.asarray(vector, dtype=np.float32)) for vector in self.text.encode(prompts)]
-        empty = torch.tensor(self.card["empty_caption"], dtype=torch.float32)
-        return pad_text(vectors, self.recipe.model).to(self.device), pad_text([empty] * len(prompts), self.recipe.model).to(self.device)
+    def embed(self, prompts: list[str]) -> list[Tensor]:
+        """The prompts' embeddings, fp32 [L, text_dim], by the text encoder that made the dataset."""
+        text = dataset_text(self.dataset, self.device.type)
+        return [torch.from_numpy(np.asarray(vector, dtype=np.float32)) for vector in text.encode(prompts)]
 
     @property
     def attention(self) -> Attention:
@@ -57,16 +56,17 @@ class Generator:
     def trained_chunks(self) -> int:
         return len(self.model.chunking.sizes(self.trained_frames))
 
-    def chunks(self, prompts: list[str], frames: int, seeds: list[int], given: Tensor | None = None):
-        """Yields latent chunks [B, C, f, H, W]; see `sample_chunks`."""
-        text, empty = self.texts(prompts)
+    def chunks(self, texts: list[Tensor], frames: int, seeds: list[int], given: Tensor | None = None):
+        """Yields latent chunks [B, C, f, H, W] for B captions' embeddings; see `sample_chunks`."""
+        text = pad_text(texts, self.recipe.model).to(self.device)
+        empty = pad_text([torch.tensor(self.card["empty_caption"], dtype=torch.float32)] * len(texts), self.recipe.model).to(self.device)
         size = self.card["latent"]["height"], self.card["latent"]["width"]
         given = None if given is None else given.to(self.device)
         return sample_chunks(self.model, text, empty, frames, size, self.recipe.flow, self.attention, seeds, given)
 
 
 def open_run(run: str | Path, overrides: list[str] = (), step: int = 0, weights: str = "ema") -> Generator:
-    """Opens a run folder: its recipe with `overrides`, the weights of a checkpoint (0 = newest; "ema" the average, "master" the last), codec and text encoder."""
+    """Opens a run folder: its recipe with `overrides`, the weights of a checkpoint (0 = newest; "ema" the average, "master" the last) and the codec."""
     run = Path(run)
     if not (run / "recipe.yaml").is_file():
         raise ValueError(f"{run}: not a run, it has no recipe.yaml")
@@ -84,7 +84,7 @@ def open_run(run: str | Path, overrides: list[str] = (), step: int = 0, weights:
     dataset = Path(recipe.data.train or recipe.stages[0].data)
     card = read_card(dataset)
     check_card(card, recipe.model, dataset)
-    return Generator(recipe, model, int(folder.name[5:]), card, dataset_codec(dataset), dataset_text(dataset), device)
+    return Generator(recipe, model, int(folder.name[5:]), card, dataset_codec(dataset, device.type), dataset, device)
 
 
 def latent_frames(seconds: float, fps: float) -> int:
@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
         frames = latent_frames(options.seconds, fps)
         if given is not None and given.shape[2] >= frames:
             raise ValueError(f"--seconds {options.seconds} is not longer than the {given.shape[2]} latent frames taken from {options.video}")
-        chunks = generator.chunks([options.prompt], frames, [options.seed], given)
+        chunks = generator.chunks(generator.embed([options.prompt]), frames, [options.seed], given)
         total = len(generator.model.chunking.sizes(frames))
         latent = torch.cat(list(tqdm(chunks, total=total, unit="chunk", desc="generate")), dim=2)[0]
         pixels = generator.codec.decode(latent.cpu().numpy())[: max(1, round(options.seconds * fps))]
