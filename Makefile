@@ -18,13 +18,13 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 demo: setup
 	$(BIN)/python -m data_prep.draw data/demo/videos/train --videos 768 --frames 57 --size 48x48 --shapes 2-2 --seed 0
-	$(BIN)/python -m data_prep.draw data/demo/videos/long --videos 16 --frames 237 --size 48x48 --shapes 2-2 --seed 1
+	$(BIN)/python -m data_prep.draw data/demo/videos/long --videos 32 --frames 237 --size 48x48 --shapes 2-2 --seed 1
 	$(BIN)/python -m data_prep.encode data/demo/videos/train data/demo/train --fps 16 --size 48x48 --frames 57 --codec default --text default --samples-per-shard 256
 	$(BIN)/python -m data_prep.encode data/demo/videos/long data/demo/long --fps 16 --size 48x48 --frames 237 --codec default:data/demo/train --text default --samples-per-shard 128
 	$(TRAIN) demo optimizer.micro_batch=$(MICRO)
 	$(TRAIN) demo_teacher_forcing optimizer.micro_batch=$(MICRO)
-	$(BIN)/python -m rf_train.evaluate runs/demo
-	$(BIN)/python -m rf_train.evaluate runs/demo_teacher_forcing
+	$(BIN)/python -m rf_train.evaluate runs/demo --clips 32 --batch 16
+	$(BIN)/python -m rf_train.evaluate runs/demo_teacher_forcing --clips 32 --batch 16
 	@test -e runs/demo/videos/prompt.mp4 || $(BIN)/python -m rf_train.generate runs/demo runs/demo/videos/prompt.mp4 --seconds 10 --prompt "a red circle moving right in front of a blue square moving down"
 	@test -e runs/demo/videos/continued.mp4 || $(BIN)/python -m rf_train.generate runs/demo runs/demo/videos/continued.mp4 --seconds 10 --video data/demo/videos/long/video-00000.mp4
 	$(BIN)/python -m rf_train.report runs/demo runs/demo_teacher_forcing

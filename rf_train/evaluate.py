@@ -28,10 +28,17 @@ FIGURES = {
 }
 
 
-def colour_histogram(frames: np.ndarray) -> np.ndarray:
-    """uint8 [T, H, W, 3] -> 512 shares of pixels, 8 bins a channel."""
-    bins = (frames >> 5).astype(np.int32)
-    return np.bincount((bins[..., 0] * 64 + bins[..., 1] * 8 + bins[..., 2]).ravel(), minlength=512) / bins[..., 0].size
+def colour_histogram(frames: np.ndarray, levels: int = 5) -> np.ndarray:
+    """uint8 [T, H, W, 3] -> levels^3 shares. Each pixel is split between the nearest levels of each channel, so that a small change of colour is a small change."""
+    position = frames.reshape(-1, 3).astype(np.float32) * ((levels - 1) / 255)
+    low = np.minimum(position.astype(np.int64), levels - 2)
+    high = position - low  # the share of the upper level, by channel
+    shares = np.zeros(levels**3)
+    for corner in np.ndindex(2, 2, 2):
+        weight = np.prod(np.where(corner, high, 1 - high), axis=1)
+        index = ((low + corner) * (levels**2, levels, 1)).sum(axis=1)
+        shares += np.bincount(index, weight, levels**3)
+    return shares / len(position)
 
 
 def gradient(frames: np.ndarray) -> float:
