@@ -78,7 +78,8 @@ def test_generation_from_text_and_from_a_videos_first_frames_longer_than_the_tra
     same, other = np.abs(a - b).mean(), np.abs(a - c).mean()
     assert same < 0.5 < 2 < other, (same, other)  # x264 is not bit-exact between processes
     truth = frames_of(here / "videos/long/video-00000.mp4").astype(float)
-    assert np.abs(a - truth[:48])[:20].mean() < 4 < np.abs(a - truth[:48])[21:].mean()  # two chunks are given: 21 frames
+    distance = np.abs(a - truth[:48])
+    assert distance[:20].mean() < 8 < distance[21:].mean()  # two chunks are given: 21 frames
 
 
 def test_evaluation_and_the_report(walked):
