@@ -38,6 +38,8 @@ class Shards:
         self.shapes = {name: tuple(parameter.ds_shape) for name, parameter in self.parameters.items()}
         self.master = {name: safe_get_local_fp32_param(parameter) for name, parameter in self.parameters.items()}
         self.ema = {name: slice.clone() for name, slice in self.master.items()}
+        for flat in engine.optimizer.fp32_partitioned_groups_flat:  # what AdamW would make at its first step: so a state can be loaded or saved before it
+            engine.optimizer.optimizer.state[flat] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
 
     def _moments(self) -> dict[str, dict[str, Tensor]]:
         from deepspeed.utils import safe_get_local_optimizer_state
@@ -66,13 +68,8 @@ class Shards:
         if wrong:
             raise ValueError(f"{folder}: the checkpoint is of another model: {wrong}")
         rank, world = dist.get_rank(), dist.get_world_size()
-        optimizer = self.engine.optimizer.optimizer
-        for flat in self.engine.optimizer.fp32_partitioned_groups_flat:
-            optimizer.state[flat] = {
-                "step": torch.tensor(float(manifest["optimizer_steps"])),
-                "exp_avg": torch.zeros_like(flat),
-                "exp_avg_sq": torch.zeros_like(flat),
-            }
+        for state in self.engine.optimizer.optimizer.state.values():
+            state["step"].fill_(manifest["optimizer_steps"])
         moments = self._moments()
         with Reader(folder, manifest) as reader:
             for name, parameter in self.parameters.items():
@@ -82,11 +79,19 @@ class Shards:
                 parameter.ds_tensor.data.copy_(self.master[name].view_as(parameter.ds_tensor))
         self.step = manifest["average_steps"]
 
+    @torch.no_grad()
+    def load_weights(self, files) -> None:
+        """Puts this rank's slices of a checkpoint's tensors (`weights.WeightFiles`) in place, in fp32; the average starts there too."""
+        files.check(self.shapes)
+        for name, parameter in self.parameters.items():
+            self.master[name].copy_(files.slice(name, dist.get_rank(), dist.get_world_size()))
+            parameter.ds_tensor.data.copy_(self.master[name].view_as(parameter.ds_tensor))
+        self.restart_average()
+
     @property
     def optimizer_steps(self) -> int:
         """Steps that AdamW has taken."""
-        states = list(self.engine.optimizer.optimizer.state.values())
-        return int(states[0]["step"]) if states else 0
+        return int(next(iter(self.engine.optimizer.optimizer.state.values()))["step"])
 
 
 class Reader:

@@ -130,10 +130,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Start:
-    """Where the weights come from when the run has no checkpoint of its own."""
+    """Where the weights come from when the run has no checkpoint of its own; at random if nothing is set."""
 
+    weights: str = ""  # Wan weights: a diffusers WanTransformer3DModel folder, or the original checkpoint
     run: str = ""  # go on from another run's checkpoint: weights, optimizer, average, step
     step: int = 0  # which of its checkpoints; 0 = its newest
+
+    def validate(self) -> None:
+        require(not (self.weights and self.run), "start.weights and start.run are both set; a run starts from one of them")
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def set_accumulation(engine, stage: config.Stage) -> None:
 
 @contextmanager
 def held(engine):
-    """Gathers every parameter once, block by block, for the no-gradient passes inside; yields the plain model.
+    """Gathers every parameter once, block by block, for the passes inside, which make no gradient of parameters; yields the plain model.
 
     ZeRO-3's module hooks are parked meanwhile, so the trace that training's prefetch lives on sees none of these passes.
     """
@@ -115,17 +115,18 @@ def held(engine):
     groups = [list(block.parameters()) for block in model.blocks]
     inside = {id(parameter) for group in groups for parameter in group}
     groups.append([parameter for parameter in model.parameters() if id(parameter) not in inside])
-    parked = [(module, module._forward_pre_hooks, module._forward_hooks) for module in model.modules()]
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    parked = [(module, kind, getattr(module, kind)) for module in model.modules() for kind in kinds]
     try:
         for group in groups:
             group[0].all_gather_coalesced(group).wait()
-        for module, before, after in parked:
-            module._forward_pre_hooks, module._forward_hooks = type(before)(), type(after)()
+        for module, kind, hooks in parked:
+            setattr(module, kind, type(hooks)())
         with torch.no_grad():
             yield model
     finally:
-        for module, before, after in parked:
-            module._forward_pre_hooks, module._forward_hooks = before, after
+        for module, kind, hooks in parked:
+            setattr(module, kind, hooks)
         gathered = [parameter for group in groups for parameter in group if parameter.ds_status == ZeroParamStatus.AVAILABLE]
         if gathered:
             gathered[0].partition(param_list=gathered, has_been_updated=False)

@@ -232,11 +232,11 @@ class CausalWan(nn.Module):
 
     def new_cache(self, batch: int, tokens_per_frame: int, frames: int, attention: Attention = Attention()) -> Cache:
         """A cache for `frames` latent frames of history (fewer when `attention` is a window: only what can still be read is kept)."""
+        largest = max(self.chunking.chunk, self.chunking.first)
         if attention.kind == "window":
-            kept = (attention.window + 1) * max(self.chunking.chunk, self.chunking.first) + attention.sink * max(self.chunking.chunk, self.chunking.first)
-            frames = min(frames, kept)
-        weight = self.proj_out.weight
-        return Cache(self.settings.layers, batch, self.settings.heads, frames * tokens_per_frame, self.head_dim, weight.dtype, weight.device, attention.sink)
+            frames = min(frames, (attention.window + 1 + attention.sink) * largest)
+        weight, s = self.proj_out.weight, self.settings
+        return Cache(s.layers, batch, s.heads, frames * tokens_per_frame, largest * tokens_per_frame, self.head_dim, weight.dtype, weight.device, attention.sink)
 
 
 def pad_text(texts: list[Tensor], settings: config.Model) -> Tensor:

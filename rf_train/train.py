@@ -20,7 +20,9 @@ from torch import Tensor
 from rf_train import checkpoint, config, data, distributed
 from rf_train.checkpoint import Shards
 from rf_train.metrics import Metrics
-from rf_train.resampling import make_history, training_loss
+from rf_train.resampling import make_history, stage_attention, training_loss
+from rf_train.selftest import self_test
+from rf_train.weights import WeightFiles
 
 
 def train(recipe: config.Recipe) -> None:
@@ -33,6 +35,9 @@ def train(recipe: config.Recipe) -> None:
     engine = distributed.build_engine(recipe, device, world, data.accumulation(recipe.stages[0], recipe.optimizer.micro_batch, world))
     shards = Shards(engine, recipe.optimizer.ema)
     first = restore(recipe, shards)
+    chunks = max(len(engine.module.chunking.sizes(datasets[stage.data or recipe.data.train].frames(stage))) for stage in recipe.stages)
+    with distributed.held(engine) as model:
+        self_test(model, chunks, [stage_attention(stage) for stage in recipe.stages])
     if rank == 0:
         prepare_folder(recipe, out, datasets)
     dist.barrier()
@@ -138,11 +143,13 @@ def stage_ends(recipe: config.Recipe) -> set[int]:
 
 
 def restore(recipe: config.Recipe, shards: Shards) -> int:
-    """Loads the run's newest checkpoint, or the one it starts from; returns the number of steps already done."""
+    """Loads the run's newest checkpoint, or the one or the weights it starts from; returns the number of steps already done."""
     folder = checkpoint.latest(Path(recipe.run.out))
     if folder is None and recipe.start.run:
         folder = checkpoint.at_step(Path(recipe.start.run), recipe.start.step)
     if folder is None:
+        if recipe.start.weights:
+            shards.load_weights(WeightFiles(recipe.start.weights))
         return 0
     manifest = checkpoint.verified(folder)
     shards.load(folder, manifest)
