@@ -194,11 +194,11 @@ def encode(src, out, fps, size, frames, codec="default", text="default", samples
     codec, text: as on the command line. Raises ValueError in one line if there is nothing to make or it cannot be made.
     """
     out = Path(out)
-    shape = latent_shape(frames, *size)
     multiple = STRIDES[1] * PATCH
     if size[0] % multiple or size[1] % multiple:
         nearest = "x".join(str(max(1, round(side / multiple)) * multiple) for side in size)
         raise ValueError(f"size {size[0]}x{size[1]}: must be multiples of {multiple}, such as {nearest}")
+    shape = latent_shape(frames, *size)
     if not 0 < fps <= 1000:
         raise ValueError(f"fps {fps}: must be above 0")
     if samples_per_shard < 1:

@@ -271,6 +271,8 @@ def _convert(hint, value, dotted: str):
             return float(value)
         except ValueError:
             pass
+    if hint is str and value is None:  # `key=` on the command line
+        return ""
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(f"{dotted}: expected {hint.__name__}, got {value!r}")
     return value

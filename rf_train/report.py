@@ -92,8 +92,9 @@ def chunk_plot(runs: list[RunRecord]) -> str:
             axes.plot(np.arange(1, len(mean) + 1), mean, color=colour, marker="o", markersize=3, label=run.name)
     left.set(xlabel="chunk", ylabel="loss", title="loss by chunk")
     right.set(xlabel="chunk", ylabel="rms of x\u0303 - x", title="how far training's history is from the truth")
-    left.set_ylim(bottom=0)
-    right.set_ylim(bottom=0)
+    for axes in (left, right):
+        axes.set_ylim(0, 1.1 * max(axes.get_ylim()[1], 1e-3))
+        axes.xaxis.get_major_locator().set_params(integer=True)
     right.legend(frameon=False)
     return svg(figure)
 

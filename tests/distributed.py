@@ -15,6 +15,16 @@ _CHILD = "import importlib, json, sys; m, f, a, o = sys.argv[1:]; json.dump(geta
 
 def run_distributed(function, world_size: int, timeout: float = 240, **arguments) -> list:
     """Calls `function` (of a test module) with JSON `arguments` on `world_size` ranks; returns what each rank returned. Raises with a failing rank's output."""
+    for attempt in range(3):
+        try:
+            return _run(function, world_size, timeout, arguments)
+        except AssertionError as error:  # another process may take the port between its choice and its use
+            if attempt == 2 or "address already in use" not in str(error).lower():
+                raise
+    raise AssertionError("unreachable")
+
+
+def _run(function, world_size: int, timeout: float, arguments: dict) -> list:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
