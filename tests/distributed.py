@@ -10,7 +10,16 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
 
-_CHILD = "import importlib, json, sys; m, f, a, o = sys.argv[1:]; json.dump(getattr(importlib.import_module(m), f)(**json.loads(a)), open(o, 'w'))"
+_CHILD = """
+import importlib, json, sys
+import torch.distributed as dist
+module, function, arguments, out = sys.argv[1:]
+result = getattr(importlib.import_module(module), function)(**json.loads(arguments))
+json.dump(result, open(out, "w"))
+if dist.is_initialized():  # else gloo's threads may abort the process on its way out
+    dist.barrier()
+    dist.destroy_process_group()
+"""
 
 
 def run_distributed(function, world_size: int, timeout: float = 240, **arguments) -> list:
