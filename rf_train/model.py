@@ -48,10 +48,9 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, plan: "Plan", memory: LayerCache | None, noisy_only: bool) -> Tensor:
         """x [B, L, D], history tokens first. Returns [B, L, D], or the noisy tokens alone with `noisy_only`."""
         asks = x[:, plan.history_tokens :] if noisy_only else x
-        cos, sin = plan.rotary
         skipped = plan.history_tokens if noisy_only else 0
-        q = rotate(rearrange(self.norm_q(self.to_q(asks)), "b l (h d) -> b l h d", h=self.heads), cos[skipped:], sin[skipped:])
-        k = rotate(rearrange(self.norm_k(self.to_k(x)), "b l (h d) -> b l h d", h=self.heads), cos, sin)
+        q = rotate(rearrange(self.norm_q(self.to_q(asks)), "b l (h d) -> b l h d", h=self.heads), plan.rotary[skipped:])
+        k = rotate(rearrange(self.norm_k(self.to_k(x)), "b l (h d) -> b l h d", h=self.heads), plan.rotary)
         v = rearrange(self.to_v(x), "b l (h d) -> b h l d", h=self.heads)
         out = two_stream_attention(q.transpose(1, 2), k.transpose(1, 2), v, plan.history, plan.noisy, plan.attention, memory, noisy_only)
         return self.to_out[0](rearrange(out, "b h l d -> b l (h d)"))
@@ -112,15 +111,15 @@ class Block(nn.Module):
     def forward(self, x: Tensor, time: Tensor, text: Tensor, plan: "Plan", memory: LayerCache | None = None, noisy_only: bool = False) -> Tensor:
         """x [B, F, P, D], history frames first; time [B, F, 6, D] in fp32; text [B, text_len, D]. Returns x's shape, or its noisy frames alone."""
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = (self.scale_shift_table.float() + time).unsqueeze(3).unbind(2)  # (B, F, 1, D) each
-        y = (layer_norm(x, self.eps) * (1 + scale) + shift).to(x.dtype)
+        y = torch.addcmul(shift, layer_norm(x, self.eps), 1 + scale).to(x.dtype)
         y = self.attn1(y.flatten(1, 2), plan, memory, noisy_only)
         if noisy_only:
             skipped = plan.history_frames
             x, gate, shift_ffn, scale_ffn, gate_ffn = (part[:, skipped:] for part in (x, gate, shift_ffn, scale_ffn, gate_ffn))
-        x = (x.float() + y.unflatten(1, x.shape[1:3]) * gate).to(x.dtype)
+        x = torch.addcmul(x.float(), y.float().unflatten(1, x.shape[1:3]), gate).to(x.dtype)
         x = x + self.attn2(self.norm2(x).flatten(1, 2), text, memory).unflatten(1, x.shape[1:3])
-        y = (layer_norm(x, self.eps) * (1 + scale_ffn) + shift_ffn).to(x.dtype)
-        return (x.float() + self.ffn(y).float() * gate_ffn).to(x.dtype)
+        y = torch.addcmul(shift_ffn, layer_norm(x, self.eps), 1 + scale_ffn).to(x.dtype)
+        return torch.addcmul(x.float(), self.ffn(y).float(), gate_ffn).to(x.dtype)
 
 
 class Embedder(nn.Module):
@@ -151,7 +150,7 @@ class Embedder(nn.Module):
 class Plan:
     """What one pass computes: which chunks stand in each stream, and where."""
 
-    def __init__(self, history: list[tuple[int, int]], noisy: list[tuple[int, int]], history_frames: int, rotary: tuple[Tensor, Tensor], attention: Attention):
+    def __init__(self, history: list[tuple[int, int]], noisy: list[tuple[int, int]], history_frames: int, rotary: Tensor, attention: Attention):
         self.history, self.noisy = history, noisy  # pairs of (chunk index, tokens)
         self.history_frames = history_frames
         self.history_tokens = sum(tokens for _, tokens in history)
@@ -207,7 +206,7 @@ class CausalWan(nn.Module):
         height, width = parts[0].shape[-2:]
         tokens = height * width
         tables = [rotary_table(start, frames, height, width, self.head_dim, x.device) for start, frames in frame_starts if frames]
-        rotary = tuple(torch.cat(pair) for pair in zip(*tables))
+        rotary = torch.cat(tables)
         history_chunks, noisy_chunks = ([(index, frames * tokens) for index, frames in chunks] for chunks in chunk_lists)
         history_frames = frame_starts[0][1]
         plan = Plan(history_chunks, noisy_chunks, history_frames, rotary, attention)
@@ -226,7 +225,7 @@ class CausalWan(nn.Module):
         if noisy is None:
             return None
         shift, scale = (self.scale_shift_table.float() + time[:, history_frames:, None]).unsqueeze(3).unbind(2)
-        x = (layer_norm(x, self.settings.eps) * (1 + scale) + shift).to(x.dtype)
+        x = torch.addcmul(shift, layer_norm(x, self.settings.eps), 1 + scale).to(x.dtype)
         p = self.settings.patch
         return rearrange(self.proj_out(x), "b f (h w) (p q c) -> b c f (h p) (w q)", h=height, w=width, p=p, q=p)
 

@@ -18,8 +18,8 @@ def axis_widths(head_dim: int) -> tuple[int, int, int]:
 
 
 @lru_cache(maxsize=256)
-def rotary_table(first: int, frames: int, height: int, width: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 [frames * height * width, head_dim / 2], of the tokens of latent frames first .. first + frames - 1."""
+def rotary_table(first: int, frames: int, height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
+    """Unit complex numbers, complex64 [frames * height * width, head_dim / 2], of the tokens of latent frames first .. first + frames - 1."""
     positions = (np.arange(first, first + frames), np.arange(height), np.arange(width))
     angles = []
     for axis, (position, channels) in enumerate(zip(positions, axis_widths(head_dim))):
@@ -29,11 +29,10 @@ def rotary_table(first: int, frames: int, height: int, width: int, head_dim: int
         angle = np.outer(position.astype(np.float64), frequency).reshape(shape)
         angles.append(np.broadcast_to(angle, (frames, height, width, len(frequency))))
     angle = np.concatenate(angles, axis=-1).reshape(frames * height * width, head_dim // 2)
-    return tuple(torch.from_numpy(f(angle).astype(np.float32)).to(device) for f in (np.cos, np.sin))
+    return torch.from_numpy(np.exp(1j * angle).astype(np.complex64)).to(device)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns neighbouring pairs of channels. x [B, L, H, D]; cos, sin [L, D / 2]. Computed in fp32, returned in x's dtype."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turns neighbouring pairs of channels, each pair as a complex number. x [B, L, H, D]; table [L, D / 2]. Computed in fp32, returned in x's dtype."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table[:, None]).flatten(-2).to(x.dtype)

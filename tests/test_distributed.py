@@ -143,6 +143,15 @@ def count_gathers_on_this_rank(recipe: dict) -> dict:
     engine = distributed.build_engine(recipe, device, world, 1)
     stage, model = recipe.stages[1], engine.module
     batch = data.step_batches(recipe, datasets, 0, rank, world)[0]
+    import deepspeed
+    import numpy as np
+
+    from rf_train.rope import rotary_table
+
+    with deepspeed.zero.Init(dtype=torch.bfloat16):  # forces tensors made inside to bf16
+        table = rotary_table.__wrapped__(999, 1, 1, 1, 24, torch.device("cpu"))
+    exact = np.exp(1j * 999 * 10000.0 ** (-np.arange(0, 8, 2) / 8))
+    rotary_error = float(np.abs(table[0, :4].numpy() - exact).max())
     parameters = list(model.parameters())
     gathered = []
     original = type(parameters[0]).all_gather_coalesced if hasattr(type(parameters[0]), "all_gather_coalesced") else None
@@ -174,7 +183,7 @@ def count_gathers_on_this_rank(recipe: dict) -> dict:
     except KeyboardInterrupt:
         pass
     partitioned = all(parameter.numel() == 0 for parameter in parameters)
-    return {"held": held, "calls": passes, "model": sum(parameter.ds_numel for parameter in parameters), "losses": losses, "partitioned": partitioned}
+    return {"held": held, "calls": passes, "model": sum(parameter.ds_numel for parameter in parameters), "losses": losses, "partitioned": partitioned, "rotary_error": rotary_error}
 
 
 def test_the_rollout_gathers_the_model_once_and_gives_it_back(two_rank_run, tmp_path):
@@ -184,3 +193,4 @@ def test_the_rollout_gathers_the_model_once_and_gives_it_back(two_rank_run, tmp_
         assert result["calls"] == 3  # two blocks and the rest
         assert result["losses"][2] < result["losses"][0]
         assert result["partitioned"]
+        assert result["rotary_error"] < 1e-6

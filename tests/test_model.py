@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rf_train import config
+from rf_train.cache import Cache, cache_bytes
 from rf_train.chunks import Attention
 from rf_train.model import CausalWan, parameter_count
 from tests.conftest import randomise, random_clip, tiny_settings
@@ -106,6 +107,62 @@ def test_one_chunk_equals_diffusers_wan(batch, frames, height, width):
     theirs = reference(hidden_states=x, timestep=1000 * t, encoder_hidden_states=text, return_dict=False)[0]
     assert theirs.std() > 0.1
     assert (ours - theirs).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_in_bf16_one_chunk_equals_diffusers_wan_within_bf16s_rounding():
+    """Both in bf16, diffusers with the parts it keeps in fp32: as far from one another as bf16 is from fp32."""
+    WanTransformer3DModel = pytest.importorskip("diffusers").WanTransformer3DModel
+    settings = tiny_settings(chunk=5, first_chunk=5)
+    reference = WanTransformer3DModel(
+        num_attention_heads=settings.heads, attention_head_dim=settings.dim // settings.heads, in_channels=settings.channels, out_channels=settings.channels,
+        text_dim=settings.text_dim, freq_dim=settings.freq_dim, ffn_dim=settings.ffn_dim, num_layers=settings.layers,
+    )  # fmt: skip
+    randomise(reference, 3)
+    model = CausalWan(settings)
+    model.load_state_dict(reference.state_dict())
+    x, _, text = random_clip(5, 2, settings, 8, 4)
+    t = torch.rand(2)
+    exact = reference(hidden_states=x, timestep=1000 * t, encoder_hidden_states=text, return_dict=False)[0]
+    for name, module in reference.named_modules():
+        keep = any(part in name for part in reference._keep_in_fp32_modules)
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data if keep else parameter.data.bfloat16()
+    half = torch.bfloat16
+    ours = model.to(half)(noisy=x.to(half), t=t[:, None].expand(-1, 5), history=None, text=text, attention=Attention()).float()
+    theirs = reference(hidden_states=x.to(half), timestep=1000 * t, encoder_hidden_states=text.to(half), return_dict=False)[0].float()
+    rounding = (theirs - exact).square().mean().sqrt()
+    assert 1e-4 < rounding < 0.1 * exact.std()
+    assert (ours - exact).square().mean().sqrt() < 2 * rounding
+
+
+@torch.no_grad()
+def test_the_captions_keys_are_made_once_a_cache(tiny_model):
+    model, calls = tiny_model(), []
+    model.blocks[1].attn2.to_k.register_forward_hook(lambda *_: calls.append(1))
+    x, t, text = random_clip(9, 1, model.settings)
+    cached_pass(model, x, x, t, text, Attention())
+    assert len(calls) == 1
+
+
+def test_a_caches_bytes_are_known_before_it_is_made():
+    """Wan 1.3B in bf16: 184,320 bytes a token (18.1 GB for 63 latents)."""
+    one = cache_bytes(layers=30, batch=1, heads=12, capacity=1, head_dim=128, dtype=torch.bfloat16)
+    assert one == 184_320 and round(63 * 1560 * one / 1e9, 1) == 18.1
+    with pytest.raises(ValueError, match=r"a K/V cache of 1073741825 tokens takes 12582912.01 GiB, which cpu can't give"):
+        Cache(layers=64, batch=16, heads=12, capacity=2**30, scratch=1, head_dim=128, dtype=torch.float32, device=torch.device("cpu"))
+
+
+@torch.no_grad()
+def test_a_window_keeps_only_what_can_still_be_read(tiny_model):
+    model = tiny_model()
+    attention = Attention("window", window=2, sink=1)
+    cache = model.new_cache(1, 6, 63, attention)
+    x, t, text = random_clip(63, 1, model.settings)
+    for index in range(20):
+        span = slice(3 * index, 3 * index + 3)
+        model(noisy=None, t=None, history=x[:, :, span], text=text, attention=attention, cache=cache)
+    assert cache.layers[0].held == [0, 17, 18, 19] and cache.layers[0].capacity == 4 * 18
 
 
 def test_parameter_counts_are_wans():
