@@ -68,21 +68,29 @@ def train(recipe: config.Recipe) -> None:
 def train_step(engine, batches: list[data.Batch], flow: config.Flow, stage: config.Stage) -> dict:
     """One optimizer step over this rank's micro-batches; returns figures that are the same on every rank."""
     chunking = engine.module.chunking
-    sums, rollout_seconds, begin = 0, 0.0, time.perf_counter()
+    device = batches[0].x.device
+    sums, rollout_seconds, begin = 0, 0.0, clock(device)
     for batch in batches:
-        t0 = time.perf_counter()
+        t0 = clock(device)
         if stage.history in ("parallel", "autoregressive"):
             with distributed.held(engine) as model:
                 history, t_s = make_history(model, batch.x, batch.text, batch.draws, stage, chunking)
         else:
             history, t_s = make_history(engine.module, batch.x, batch.text, batch.draws, stage, chunking)
-        rollout_seconds += time.perf_counter() - t0
+        rollout_seconds += clock(device) - t0
         result = training_loss(EngineModel(engine), batch.x, batch.text, history, batch.draws, flow, stage, chunking)
         engine.backward(result.loss)
         engine.step()
         sums = sums + packed(result.by_chunk, history_error(batch.x, history, chunking), t_s)
-    seconds = time.perf_counter() - begin
+    seconds = clock(device) - begin
     return {**unpacked(distributed.sum_over_ranks(sums)), "grad_norm": float(engine.get_global_grad_norm() or 0.0), "rollout_share": rollout_seconds / seconds}
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 class EngineModel:
