@@ -172,8 +172,10 @@ class Recipe:
 def recipe_path(name: str) -> Path:
     """A recipe file, or the shipped recipe of that name (`demo`)."""
     shipped = Path(__file__).parent / "recipes"
-    if not Path(name).exists() and (shipped / f"{Path(name).stem}.yaml").is_file():
-        return shipped / f"{Path(name).stem}.yaml"
+    if not Path(name).exists():
+        for file in (Path(name).name, f"{Path(name).name}.yaml"):
+            if (shipped / file).is_file():
+                return shipped / file
     return Path(name)
 
 

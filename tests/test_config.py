@@ -63,4 +63,4 @@ def test_files_that_are_no_recipes(tmp_path):
 @pytest.mark.parametrize("path", sorted((config.recipe_path("demo").parent).glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_recipe_is_valid(path):
     assert config.load(path).steps > 0
-    assert config.recipe_path(path.stem) == path
+    assert config.recipe_path(path.stem) == config.recipe_path(path.name) == path
