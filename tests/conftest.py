@@ -79,3 +79,33 @@ def write_dataset(folder, count: int = 12, frames: int = 9, settings: config.Mod
         "source": {"path": "", "settings": {}},
     })  # fmt: skip
     return folder
+
+
+@pytest.fixture(scope="session")
+def wan_folder(tmp_path_factory):
+    """A tiny random VAE of Wan's architecture, as diffusers saves it."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+                                     latents_mean=[0.1 * n for n in range(16)], latents_std=[0.5 + n for n in range(16)])
+    folder = tmp_path_factory.mktemp("wan")
+    vae.save_pretrained(folder / "vae")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def umt5_folder(tmp_path_factory):
+    """A tiny random umT5 with a tokenizer of six words, as a published checkpoint lays them out."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("umt5")
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "circle"]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
+                                         unk_token="<unk>").save_pretrained(folder / "tokenizer")
+    torch.manual_seed(0)
+    config = transformers.UMT5Config(vocab_size=8, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
+    transformers.UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+    return folder

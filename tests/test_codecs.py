@@ -148,18 +148,6 @@ def test_bad_input_is_refused_with_the_numbers(monkeypatch, tmp_path):
         open_codec(f"wan:{tmp_path}")
 
 
-@pytest.fixture(scope="module")
-def wan_folder(tmp_path_factory):
-    """A tiny random VAE of Wan's architecture, as diffusers saves it."""
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
-                                     latents_mean=[0.1 * n for n in range(16)], latents_std=[0.5 + n for n in range(16)])
-    folder = tmp_path_factory.mktemp("wan")
-    vae.save_pretrained(folder / "vae")
-    return folder
-
-
 def test_wan_in_pieces_is_diffusers_whole(wan_folder):
     codec = open_codec(f"wan:{wan_folder}")
     clip = np.random.default_rng(0).integers(0, 256, (9, 32, 48, 3), dtype=np.uint8)

@@ -95,6 +95,28 @@ def test_evaluation_and_the_report(walked):
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)[^"']*""", page)
 
 
+def test_from_wan_weights_through_wans_codec_and_umt5_and_back_to_diffusers(wan_folder, umt5_folder, tmp_path):
+    """Tiny random models in the real formats: encode, train from Wan weights, generate from a prompt, export, open with diffusers."""
+    import diffusers
+
+    wan = diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=16, out_channels=16, text_dim=16, freq_dim=32, ffn_dim=64, num_layers=2,
+    )  # fmt: skip
+    wan.save_pretrained(tmp_path / "transformer")
+    succeed("data_prep.draw", "videos", "--videos", 4, "--frames", 33, "--size", "32x48", folder=tmp_path)
+    succeed("data_prep.encode", "videos", "data", "--size", "32x48", "--frames", 33, "--codec", f"wan:{wan_folder}", "--text", f"umt5:{umt5_folder}", "--samples-per-shard", 4, folder=tmp_path)
+    recipe = ["wan_1.3b", "data.train=data", "run.out=runs/w", "start.weights=transformer", "model.text_dim=16", "model.freq_dim=32", *TINY[:4], "optimizer.micro_batch=1", "flow.sampling_steps=2"]
+    stages = [f"stages.{i}.{key}" for i in range(4) for key in ("steps=1", "batch=2", "data=data")]
+    succeed("rf_train.train", *recipe, *stages, "stages.3.k=1", folder=tmp_path, launcher=True)
+    succeed("rf_train.generate", "runs/w", "w.mp4", "--prompt", "a red circle", "--seconds", "3", folder=tmp_path)
+    assert len(frames_of(tmp_path / "w.mp4")) == 48
+    succeed("rf_train.weights", "runs/w", "out", "--weights", "master", folder=tmp_path)
+    before, after = wan.state_dict(), diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "out").state_dict()
+    assert before.keys() == after.keys()
+    moved = max((after[name] - before[name]).abs().max().item() for name in before)
+    assert 0 < moved < 1e-3  # four steps of at most 5e-5 an element
+
+
 def test_bad_input_gets_one_line_and_a_nonzero_exit(walked):
     here, _ = walked
     (here / "empty").mkdir(exist_ok=True)

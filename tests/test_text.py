@@ -43,24 +43,6 @@ def test_unknown_encoders_are_refused():
             open_text(spec)
 
 
-@pytest.fixture(scope="module")
-def umt5_folder(tmp_path_factory):
-    """A tiny random umT5 with a tokenizer of six words, as a published checkpoint lays them out."""
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    folder = tmp_path_factory.mktemp("umt5")
-    words = ["<pad>", "</s>", "<unk>", "a", "red", "circle"]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
-                                         unk_token="<unk>").save_pretrained(folder / "tokenizer")
-    torch.manual_seed(0)
-    config = transformers.UMT5Config(vocab_size=8, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
-    transformers.UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
-    return folder
-
-
 def test_umt5_returns_the_true_tokens_of_the_padded_pass(umt5_folder):
     """Equal to what Wan computes: a pass padded to 512 with its mask, cut at the caption's length."""
     text = open_text(f"umt5:{umt5_folder}")
