@@ -23,8 +23,8 @@ FIGURES = {
     "colour_distance": ("lower", "Hellinger distance between the colour histograms of the segment, generated and true: colours and areas, wherever they are"),
     "sharpness": ("near 1", "root mean square image gradient, generated over true: below 1 is blur or lost shapes, above 1 is noise"),
     "flicker": ("near 1", "mean absolute change between frames, generated over true"),
-    "psnr": ("higher", "dB against the true continuation, frame by frame: falls as positions part, even where the world is kept"),
-    "latent_mse": ("lower", "mean squared distance of latents from the true continuation"),
+    "psnr": ("higher", "dB against the true continuation, frame by frame: falls as positions part, even where the world is kept; an empty picture can score better than one with shapes in other places"),
+    "latent_mse": ("lower", "mean squared distance of latents from the true continuation; like psnr, it prefers nothing to something elsewhere"),
 }
 
 
