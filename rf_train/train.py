@@ -231,4 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # all is saved and closed; gloo's threads, held by DeepSpeed's objects, now and then abort a process that takes itself apart

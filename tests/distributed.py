@@ -11,14 +11,17 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 
 _CHILD = """
-import importlib, json, sys
+import importlib, json, os, sys
 import torch.distributed as dist
 module, function, arguments, out = sys.argv[1:]
 result = getattr(importlib.import_module(module), function)(**json.loads(arguments))
-json.dump(result, open(out, "w"))
-if dist.is_initialized():  # else gloo's threads may abort the process on its way out
+with open(out, "w") as file:
+    json.dump(result, file)
+if dist.is_initialized():
     dist.barrier()
     dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # gloo's threads, held by DeepSpeed's objects, now and then abort the process on its way out
 """
 
 
