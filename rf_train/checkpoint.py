@@ -11,6 +11,7 @@ renamed when all of it is on disk; `latest` moves last.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -110,7 +111,7 @@ class Reader:
 
     def flat(self, kind: str, name: str, begin: int, end: int) -> Tensor:
         """Elements begin .. end - 1 of the flattened parameter, fp32."""
-        size = -(-_numel(self.shapes[name]) // self.world)
+        size = -(-math.prod(self.shapes[name]) // self.world)
         pieces = []
         for rank in range(begin // size, min(self.world, -(-end // size))):
             low, high = max(begin - rank * size, 0), min(end - rank * size, size)
@@ -119,21 +120,14 @@ class Reader:
 
     def slice(self, kind: str, name: str, rank: int, world: int) -> Tensor:
         """Slice `rank` of `world` of a parameter, zero-padded to its full length."""
-        total = _numel(self.shapes[name])
+        total = math.prod(self.shapes[name])
         size = -(-total // world)
         found = self.flat(kind, name, min(rank * size, total), min((rank + 1) * size, total))
         return torch.nn.functional.pad(found, (0, size - len(found)))
 
     def whole(self, kind: str, name: str) -> Tensor:
         """The parameter in its shape, fp32."""
-        return self.flat(kind, name, 0, _numel(self.shapes[name])).view(self.shapes[name])
-
-
-def _numel(shape) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+        return self.flat(kind, name, 0, math.prod(self.shapes[name])).view(self.shapes[name])
 
 
 def difference(theirs: dict, ours: dict) -> str:

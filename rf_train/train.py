@@ -192,7 +192,7 @@ def changes(old, new, where: str = "") -> list[tuple[str, object, object]]:
 
 
 def describe(recipe: config.Recipe, engine, shards: Shards, world: int, device: torch.device, first: int) -> str:
-    total = sum(checkpoint._numel(shape) for shape in shards.shapes.values())
+    total = sum(math.prod(shape) for shape in shards.shapes.values())
     mine = sum(slice.numel() for slice in shards.master.values())
     stages = ", ".join(f"{s.name} ({s.history}, {s.attention}, {s.steps} steps of {s.batch})" for s in recipe.stages)
     start = f"going on after step {first}" if first else "from the start"

@@ -23,6 +23,17 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=stream) * scale * 0.7)
 
 
+def tiny_wan(seed: int = 3):
+    """diffusers' own Wan in the tiny model's shapes, with the random weights of `seed`."""
+    settings = tiny_settings()
+    model = pytest.importorskip("diffusers").WanTransformer3DModel(
+        num_attention_heads=settings.heads, attention_head_dim=settings.dim // settings.heads, in_channels=settings.channels, out_channels=settings.channels,
+        text_dim=settings.text_dim, freq_dim=settings.freq_dim, ffn_dim=settings.ffn_dim, num_layers=settings.layers,
+    )  # fmt: skip
+    randomise(model, seed)
+    return model
+
+
 @pytest.fixture
 def tiny_model():
     def build(**changes) -> CausalWan:

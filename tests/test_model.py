@@ -7,7 +7,7 @@ from rf_train import config
 from rf_train.cache import Cache, cache_bytes
 from rf_train.chunks import Attention
 from rf_train.model import CausalWan, parameter_count
-from tests.conftest import randomise, random_clip, tiny_settings
+from tests.conftest import random_clip, tiny_settings, tiny_wan
 
 ATTENTIONS = [Attention(), Attention("window", window=2), Attention("window", window=2, sink=1), Attention("routed", k=2)]
 
@@ -92,13 +92,8 @@ def test_checkpointing_changes_nothing(tiny_model):
 @torch.no_grad()
 def test_one_chunk_equals_diffusers_wan(batch, frames, height, width):
     """Same weights by the same names, one chunk spanning the clip, no history: Wan's own velocity."""
-    WanTransformer3DModel = pytest.importorskip("diffusers").WanTransformer3DModel
     settings = tiny_settings(chunk=frames, first_chunk=frames)
-    reference = WanTransformer3DModel(
-        num_attention_heads=settings.heads, attention_head_dim=settings.dim // settings.heads, in_channels=settings.channels, out_channels=settings.channels,
-        text_dim=settings.text_dim, freq_dim=settings.freq_dim, ffn_dim=settings.ffn_dim, num_layers=settings.layers,
-    )  # fmt: skip
-    randomise(reference, 3)
+    reference = tiny_wan()
     model = CausalWan(settings)
     model.load_state_dict({name: tensor for name, tensor in reference.state_dict().items()}, strict=True)
     x, _, text = random_clip(frames, batch, settings, height, width)
@@ -112,13 +107,8 @@ def test_one_chunk_equals_diffusers_wan(batch, frames, height, width):
 @torch.no_grad()
 def test_in_bf16_one_chunk_equals_diffusers_wan_within_bf16s_rounding():
     """Both in bf16, diffusers with the parts it keeps in fp32: as far from one another as bf16 is from fp32."""
-    WanTransformer3DModel = pytest.importorskip("diffusers").WanTransformer3DModel
     settings = tiny_settings(chunk=5, first_chunk=5)
-    reference = WanTransformer3DModel(
-        num_attention_heads=settings.heads, attention_head_dim=settings.dim // settings.heads, in_channels=settings.channels, out_channels=settings.channels,
-        text_dim=settings.text_dim, freq_dim=settings.freq_dim, ffn_dim=settings.ffn_dim, num_layers=settings.layers,
-    )  # fmt: skip
-    randomise(reference, 3)
+    reference = tiny_wan()
     model = CausalWan(settings)
     model.load_state_dict(reference.state_dict())
     x, _, text = random_clip(5, 2, settings, 8, 4)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from rf_train import attention, model as model_module, rope
+from rf_train import attention, model as model_module, rope, selftest
 from rf_train.cache import LayerCache
 from rf_train.chunks import Attention
 from rf_train.model import CausalWan
-from rf_train.selftest import SelfTestError, self_test
+from rf_train.selftest import SelfTestError, compare, self_test
 from tests.conftest import tiny_settings
 
 STAGES = [Attention(), Attention("routed", k=2), Attention("window", window=1)]
@@ -15,13 +15,18 @@ STAGES = [Attention(), Attention("routed", k=2), Attention("window", window=1)]
 
 @pytest.mark.parametrize("chunks", [1, 2, 7])
 @pytest.mark.parametrize("first_chunk", [3, 1])
-def test_a_sound_model_passes(tiny_model, chunks, first_chunk):
+def test_a_sound_model_passes(tiny_model, monkeypatch, chunks, first_chunk):
+    compared = []
+    monkeypatch.setattr(selftest, "compare", lambda *found: (compared.append(found[0]), compare(*found)))
     self_test(tiny_model(first_chunk=first_chunk), chunks, STAGES)
+    assert len(compared) == len(STAGES) * min(chunks, 4) + 1  # every chunk under every attention, and routing
 
 
 def test_a_fresh_model_and_one_in_bf16_pass():
-    self_test(CausalWan(tiny_settings()), 7, STAGES)
-    self_test(CausalWan(tiny_settings()).to(torch.bfloat16), 7, STAGES)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = CausalWan(tiny_settings()).to(dtype)
+        assert not model.proj_out.weight.any()  # its output is all zero: only its features can be compared
+        self_test(model, 7, STAGES)
 
 
 def test_it_leaves_no_gradients_and_no_hooks(tiny_model):

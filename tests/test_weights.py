@@ -10,26 +10,16 @@ from safetensors.torch import load_file, save_file
 from rf_train import config
 from rf_train.model import CausalWan
 from rf_train.weights import WeightFiles, export, from_wan_name, load_weights
-from tests.conftest import randomise, tiny_settings
+from tests.conftest import tiny_settings, tiny_wan
 from tests.distributed import run_distributed
 
 diffusers = pytest.importorskip("diffusers")
 
 
-def reference_model():
-    settings = tiny_settings()
-    model = diffusers.WanTransformer3DModel(
-        num_attention_heads=settings.heads, attention_head_dim=settings.dim // settings.heads, in_channels=settings.channels, out_channels=settings.channels,
-        text_dim=settings.text_dim, freq_dim=settings.freq_dim, ffn_dim=settings.ffn_dim, num_layers=settings.layers,
-    )  # fmt: skip
-    randomise(model, 5)
-    return model
-
-
 @pytest.fixture(scope="module", params=["one file", "several files with an index"])
 def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("wan") / "transformer"
-    reference_model().save_pretrained(path, max_shard_size="1GB" if request.param == "one file" else "60KB")
+    tiny_wan().save_pretrained(path, max_shard_size="1GB" if request.param == "one file" else "60KB")
     assert (len(list(path.glob("*.safetensors"))) > 1) == (request.param != "one file")
     return path
 
@@ -50,14 +40,14 @@ def to_wan_name(name: str) -> str:
 def test_diffusers_weights_load(folder):
     model = CausalWan(tiny_settings())
     load_weights(model, folder)
-    expected = reference_model().state_dict()
+    expected = tiny_wan().state_dict()
     assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())
 
 
 def test_the_original_names_load_and_are_what_diffusers_makes_of_them(tmp_path):
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-    weights = dict(reference_model().state_dict())
+    weights = dict(tiny_wan().state_dict())
     original = {to_wan_name(name): tensor.clone() for name, tensor in weights.items()}
     assert "blocks.1.self_attn.o.weight" in original and "blocks.0.norm3.bias" in original and "head.modulation" in original
     assert {from_wan_name(name) for name in original} == set(weights) == set(convert_wan_transformer_to_diffusers(dict(original)))
@@ -68,7 +58,7 @@ def test_the_original_names_load_and_are_what_diffusers_makes_of_them(tmp_path):
 
 
 def test_every_slice_of_every_tensor(folder):
-    files, expected = WeightFiles(folder), reference_model().state_dict()
+    files, expected = WeightFiles(folder), tiny_wan().state_dict()
     for name, tensor in expected.items():
         for world in (1, 2, 3, 7):
             pieces = torch.cat([files.slice(name, rank, world) for rank in range(world)])
@@ -76,7 +66,7 @@ def test_every_slice_of_every_tensor(folder):
 
 
 def test_what_does_not_fit_is_named_all_at_once(tmp_path):
-    weights = dict(reference_model().state_dict())
+    weights = dict(tiny_wan().state_dict())
     del weights["proj_out.bias"], weights["blocks.0.attn1.to_q.weight"]
     weights["blocks.7.extra"] = torch.zeros(2)
     weights["blocks.1.ffn.net.2.weight"] = torch.zeros(48, 95)
@@ -136,7 +126,7 @@ def load_and_save_on_this_rank(weights: str, run: str) -> dict:
 
 def test_into_a_partitioned_model_and_out_again_bit_for_bit(folder, tmp_path):
     results = run_distributed(load_and_save_on_this_rank, 2, weights=str(folder), run=str(tmp_path / "run"))
-    expected = reference_model().state_dict()
+    expected = tiny_wan().state_dict()
     for result in results:
         assert result["largest"] == max(-(-tensor.numel() // 2) for tensor in expected.values())
         for name, tensor in expected.items():
