@@ -3,8 +3,9 @@
     history chunk i reads history chunks <= i
     noisy chunk i   reads history chunks <  i, and itself
 
-So each chunk's queries meet a few runs of neighbouring keys, mostly one or two: a job. No mask is built except for routing, whose
-choice differs by query token. Suffixes: B batch, H heads, L tokens, D head width.
+So each chunk's queries meet a few runs of neighbouring keys, mostly one or two: a job. A whole pass takes its jobs together, in few
+and large calls of the flash kernel; with a cache each job is a call. No mask is built except for routing, whose choice differs by
+query token. Suffixes: B batch, H heads, L tokens, D head width.
 """
 
 from dataclasses import dataclass
@@ -18,11 +19,17 @@ from rf_train.chunks import Attention
 
 @dataclass(frozen=True)
 class Job:
-    """One chunk's queries and the keys they meet, as places along L; the last run of keys is the chunk's own."""
+    """One chunk's queries and the keys they meet, as places along L."""
 
     queries: slice
-    keys: tuple[slice, ...]
-    earlier: tuple[int, ...]  # tokens of each earlier chunk among the keys, in order
+    earlier: tuple[slice, ...]  # runs of history
+    own: slice
+    noisy: bool
+    lengths: tuple[int, ...]  # tokens of each earlier chunk, in order
+
+    @property
+    def keys(self) -> tuple[slice, ...]:
+        return contiguous([*self.earlier, self.own])
 
 
 def spans(lengths: list[int], begin: int = 0) -> list[slice]:
@@ -51,6 +58,12 @@ def run(x: Tensor, pieces: tuple[slice, ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
+def back(x: Tensor, pieces: tuple[slice, ...]) -> Tensor:
+    """Undoes `run` of pieces that are an order of all tokens."""
+    places = spans([piece.stop - piece.start for piece in pieces])
+    return run(x, tuple(place for _, place in sorted(zip(pieces, places), key=lambda pair: pair[0].start)))
+
+
 def two_stream_attention(
     q: Tensor,
     k: Tensor,
@@ -60,12 +73,14 @@ def two_stream_attention(
     attention: Attention,
     memory=None,
     noisy_only: bool = False,
+    kept: dict | None = None,
 ) -> Tensor:
     """Attention of a run of history chunks followed by a run of noisy chunks.
 
     q, k, v [B, H, L, D] hold the history chunks' tokens, then the noisy ones', in the order of `history` and `noisy`: pairs of
     (chunk index, tokens). `memory`, a `LayerCache`, holds earlier history and is given the new history chunks. With `noisy_only`
-    q has no history tokens and only noisy outputs are returned. Returns [B, H, L of q, D].
+    q has no history tokens and only noisy outputs are returned. With selective recomputation `kept`, empty at first, carries the
+    result from the forward pass to its repetition in backward (not with routing). Returns [B, H, L of q, D].
     """
     tokens = [count for _, count in history]
     past = sum(tokens)
@@ -77,25 +92,32 @@ def two_stream_attention(
     else:
         held, places = [index for index, _ in history], spans(tokens)
         own_history, own_noisy = places, spans([count for _, count in noisy], past)
-    jobs, begin = [], 0
-    asking = list(zip(noisy, own_noisy)) if noisy_only else [*zip(history, own_history), *zip(noisy, own_noisy)]
-    for (index, count), own in asking:
-        seen = [places[position] for position in attention.visible(index, held)]
-        jobs.append(Job(slice(begin, begin + count), contiguous([*seen, own]), tuple(place.stop - place.start for place in seen)))
-        begin += count
+    asking = [] if noisy_only else [(*chunk, own, False) for chunk, own in zip(history, own_history)]
+    asking += [(*chunk, own, True) for chunk, own in zip(noisy, own_noisy)]
+    jobs = jobs_of(asking, held, places, attention)
     if not jobs:
         return q[:, :, :0]
     if attention.kind == "routed":
         return torch.cat([routed_job(q, k, v, job, attention.k) for job in jobs], dim=2)
-    if torch.is_grad_enabled() and (kernels := fused_kernels(q)):
-        return JobAttention.apply(q, k, v, jobs, kernels)
+    if memory is None and (kernels := fused_kernels(q)):
+        return JobAttention.apply(q, k, v, jobs, kernels, kept)
     return torch.cat([F.scaled_dot_product_attention(q[:, :, job.queries], run(k, job.keys), run(v, job.keys)) for job in jobs], dim=2)
+
+
+def jobs_of(asking: list[tuple[int, int, slice, bool]], held: list[int], places: list[slice], attention: Attention) -> list[Job]:
+    """A job for each (chunk index, tokens, its own keys, whether it is noisy), in the order of the queries; history chunks `held` stand at `places`."""
+    jobs, begin = [], 0
+    for index, count, own, noisy in asking:
+        seen = [places[position] for position in attention.visible(index, held)]
+        jobs.append(Job(slice(begin, begin + count), contiguous(seen), own, noisy, tuple(place.stop - place.start for place in seen)))
+        begin += count
+    return jobs
 
 
 def routed_job(q: Tensor, k: Tensor, v: Tensor, job: Job, keep: int) -> Tensor:
     """One chunk's attention with history routing."""
     q, k, v = q[:, :, job.queries], run(k, job.keys), run(v, job.keys)
-    mask = routed_mask(q, k, list(job.earlier), keep) if len(job.earlier) > keep else None
+    mask = routed_mask(q, k, list(job.lengths), keep) if len(job.lengths) > keep else None
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
@@ -116,7 +138,11 @@ def routed_mask(q: Tensor, k: Tensor, lengths: list[int], keep: int) -> Tensor:
 
 
 def fused_kernels(q: Tensor):
-    """(forward, backward) of the device's flash kernel, the one under `scaled_dot_product_attention`; None where it can't take q's type."""
+    """(forward, backward) of the device's flash kernel, the one under `scaled_dot_product_attention`; None where it can't take q's type.
+
+    forward(q, k, v) -> (out, log-sums [B, H, L] in fp32, what else backward wants);
+    backward(grad, q, k, v, out, log-sums, the rest) -> gradients of q, k and v.
+    """
     if q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16, torch.float16):
         return _cpu_forward, _cpu_backward
     if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:
@@ -124,48 +150,98 @@ def fused_kernels(q: Tensor):
     return None
 
 
-def _cpu_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple]:
-    out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    return out, (log_sum,)
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple]:
+    return *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v), ()
 
 
-def _cpu_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: tuple) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, *saved, 0.0, False)
+def _cpu_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, _: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, log_sum, 0.0, False)
 
 
-def _cuda_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple]:
-    out, log_sum, cum_q, cum_k, max_q, max_k, seed, offset, _ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
-    return out, (log_sum, cum_q, cum_k, max_q, max_k, seed, offset)
+def _cuda_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple]:
+    out, log_sum, *rest, _ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
+    return out, log_sum, tuple(rest)
 
 
-def _cuda_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: tuple) -> tuple[Tensor, Tensor, Tensor]:
-    log_sum, cum_q, cum_k, max_q, max_k, seed, offset = saved
+def _cuda_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, rest: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    cum_q, cum_k, max_q, max_k, seed, offset = rest
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(grad, q, k, v, out, log_sum, cum_q, cum_k, max_q, max_k, 0.0, False, seed, offset)
 
 
+def parts(jobs: list[Job]) -> tuple[tuple[slice, ...], list[tuple[slice, slice]]]:
+    """The jobs in few, large kernel calls: (an order of the queries, pairs (queries in that order, keys)).
+
+    History chunk i and noisy chunk i + 1 read the same history: one row of the causal triangle, whose queries stand together in
+    the new order. A triangle is its lower half's rows against the keys of its upper half, a rectangle, and two triangles of half
+    the size. A noisy chunk meets itself in a call of its own.
+    """
+    def reads(job: Job) -> list[tuple[int, int]]:
+        return [(keys.start, keys.stop) for keys in (job.earlier if job.noisy else job.keys)]
+
+    jobs = sorted(jobs, key=reads)
+    order, rows, found = tuple(job.queries for job in jobs), {}, []
+    for job, queries in zip(jobs, spans([piece.stop - piece.start for piece in order])):
+        for start, stop in reads(job):
+            row = rows.setdefault(start, {}).setdefault(stop, [queries.start, queries.stop])
+            row[1] = queries.stop
+        if job.noisy:
+            found.append((queries, job.own))
+    for start, triangle in rows.items():
+        _cover(start, [(stop, *queries) for stop, queries in triangle.items()], found)
+    return order, found
+
+
+def _cover(start: int, rows: list[tuple[int, int, int]], found: list[tuple[slice, slice]]) -> None:
+    """Adds a triangle to `found`: rows of (where the keys stop, queries from, to), ascending and next to each other; all keys begin at `start`."""
+    half = len(rows) // 2
+    corner = rows[max(half - 1, 0)][0]
+    found.append((slice(rows[half][1], rows[-1][2]), slice(start, corner)))
+    if half:
+        _cover(start, rows[:half], found)
+        _cover(corner, rows[half:], found)
+
+
+def meet(q: Tensor, k: Tensor, v: Tensor, pairs: list[tuple[slice, slice]], kernel) -> tuple[Tensor, Tensor, list]:
+    """Runs the kernel on each pair of queries and keys and merges: (output, log-sums, what else each call's backward wants)."""
+    out, sums, rest = torch.zeros_like(q, dtype=torch.float32), q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32), []
+    for queries, keys in pairs:
+        made, log_sum, more = kernel(q[:, :, queries], k[:, :, keys], v[:, :, keys])
+        out[:, :, queries].lerp_(made.float(), torch.sigmoid(log_sum - sums[:, :, queries])[..., None])
+        sums[:, :, queries] = torch.logaddexp(sums[:, :, queries], log_sum)
+        rest.append(more)
+    return out.to(q.dtype), sums, rest
+
+
 class JobAttention(torch.autograd.Function):
-    """All jobs of a pass. Backward needs q, k, v, the output and its log-sums, and gathers each job's keys again: memory grows with tokens, not with their square."""
+    """All jobs of a pass. Backward needs q, k, v, the output and its log-sums: memory grows with tokens, not with their square.
+
+    A query meets its keys in several calls, whose results merge by their log-sums. Flash attention's backward makes the softmax
+    again from the whole row's output and log-sum, so each call's gradients come out right on their own.
+    """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, jobs: list[Job], kernels) -> Tensor:
-        results = [kernels[0](q[:, :, job.queries], run(k, job.keys), run(v, job.keys)) for job in jobs]
-        out = torch.cat([out for out, _ in results], dim=2)
-        ctx.save_for_backward(q, k, v, out)
-        ctx.jobs, ctx.backward_kernel, ctx.saved = jobs, kernels[1], [saved for _, saved in results]
-        return out
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, jobs: list[Job], kernels, kept: dict | None) -> Tensor:
+        order, pairs = parts(jobs)
+        q = run(q, order)
+        if kept:
+            out, sums, rest = kept.pop("attention")
+        else:
+            out, sums, rest = meet(q, k, v, pairs, kernels[0])
+            if kept is not None:
+                kept["attention"] = out, sums, rest
+        ctx.save_for_backward(q, k, v, out, sums)
+        ctx.order, ctx.pairs, ctx.rest, ctx.backward_kernel = order, pairs, rest, kernels[1]
+        return back(out, order)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        q, k, v, out = ctx.saved_tensors
-        grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
-        for job, saved in zip(ctx.jobs, ctx.saved):
-            asked, piece, made = (x[:, :, job.queries] for x in (q, grad, out))
-            dq, dk, dv = ctx.backward_kernel(piece, asked, run(k, job.keys), run(v, job.keys), made, saved)
-            grad_q[:, :, job.queries] = dq
-            begin = 0
-            for place in job.keys:
-                part = slice(begin, begin + place.stop - place.start)
-                grad_k[:, :, place] += dk[:, :, part]
-                grad_v[:, :, place] += dv[:, :, part]
-                begin = part.stop
-        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
+        q, k, v, out, sums = ctx.saved_tensors
+        grad = run(grad, ctx.order)
+        grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
+        for (queries, keys), rest in zip(ctx.pairs, ctx.rest):
+            asked, made, wanted, log_sum = (x[:, :, queries] for x in (q, out, grad, sums))
+            dq, dk, dv = ctx.backward_kernel(wanted, asked, k[:, :, keys], v[:, :, keys], made, log_sum, rest)
+            grad_q[:, :, queries] += dq
+            grad_k[:, :, keys] += dk
+            grad_v[:, :, keys] += dv
+        return back(grad_q, ctx.order).to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None

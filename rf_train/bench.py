@@ -151,36 +151,40 @@ def bench_model(options) -> tuple[list[str], dict]:
     """A two-stream training step's FLOP/s against that of diffusers' own Wan on as many tokens, no checkpointing, same weights' shapes."""
     from diffusers import WanTransformer3DModel
 
-    chunks, side = options.chunks, options.side
-    settings = config.Model(dim=384, ffn_dim=1536, heads=6, layers=4, text_dim=64, text_len=64, chunk=1, first_chunk=1, checkpointing=False)
+    chunks, side, frames_a_chunk = options.chunks, options.side, options.frames
+    settings = config.Model(dim=384, ffn_dim=1536, heads=6, layers=4, text_dim=64, text_len=64, chunk=frames_a_chunk, first_chunk=frames_a_chunk, checkpointing="none")
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     ours = CausalWan(settings).to(device(), dtype)
     theirs = WanTransformer3DModel(
         num_attention_heads=settings.heads, attention_head_dim=settings.dim // settings.heads, in_channels=16, out_channels=16, text_dim=settings.text_dim,
         freq_dim=settings.freq_dim, ffn_dim=settings.ffn_dim, num_layers=settings.layers,
     ).to(device(), dtype)  # fmt: skip
-    frames, tokens = 2 * chunks - 1, side * side
+    tokens, clean, own = side * side, (chunks - 1) * frames_a_chunk, chunks * frames_a_chunk
+    frames = clean + own
     x = torch.randn(1, 16, frames, 2 * side, 2 * side, device=device(), dtype=dtype)
     text = torch.randn(1, settings.text_len, settings.text_dim, device=device(), dtype=dtype)
-    t = torch.rand(1, chunks, device=device())
+    t = torch.rand(1, own, device=device())
 
     def two_streams():
-        ours(noisy=x[:, :, :chunks], t=t, history=x[:, :, : chunks - 1], text=text, attention=Attention()).float().square().mean().backward()
+        ours(noisy=x[:, :, :own], t=t, history=x[:, :, :clean], text=text, attention=Attention()).float().square().mean().backward()
 
     def one_stream():
         theirs(hidden_states=x, timestep=500 * torch.ones(1, device=device()), encoder_hidden_states=text, return_dict=False)[0].float().square().mean().backward()
 
     seconds = timed({"two streams": two_streams, "diffusers": one_stream}, options.rounds)
     linear = 2.0 * linear_parameters(ours) * frames * tokens
-    skipped = 2.0 * (linear_parameters(ours) - 2 * settings.dim**2) / settings.layers * (chunks - 1) * tokens  # the last block's history, but its keys and values
-    cross = 4.0 * settings.dim * frames * tokens * settings.text_len * settings.layers
+    skipped = 2.0 * (linear_parameters(ours) - 2 * settings.dim**2) / settings.layers * clean * tokens  # the last block's history, but its keys and values
+    cross = 4.0 * settings.dim * settings.text_len * tokens  # a frame and block
+    ours_a_block = attention_flop(settings.heads, settings.dim // settings.heads, frames_a_chunk * tokens, chunks)
+    theirs_a_block = 4.0 * settings.dim * (frames * tokens) ** 2
+    blocks = settings.layers - 1 + (chunks + 1) / (2 * chunks)  # the last one: N (N + 1) / 2 pairs of chunks, not N^2
     flop = {
-        "two streams": 3 * (linear - skipped + cross) + 3 * settings.layers * 4.0 * settings.dim * tokens**2 * chunks**2,
-        "diffusers": 3 * (linear + cross) + 3 * settings.layers * 4.0 * settings.dim * (frames * tokens) ** 2,
+        "two streams": 3 * (linear - skipped + cross * (frames * settings.layers - clean) + ours_a_block * blocks),
+        "diffusers": 3 * (linear + cross * frames * settings.layers + theirs_a_block * settings.layers),
     }
     rate = {name: flop[name] / seconds[name] for name in seconds}
     figures = {
-        "bench": "model", "device": str(device()), "threads": torch.get_num_threads(), "chunks": chunks, "tokens_per_chunk": tokens,
+        "bench": "model", "device": str(device()), "threads": torch.get_num_threads(), "chunks": chunks, "tokens_per_chunk": frames_a_chunk * tokens,
         "flop_rate_over_diffusers": rate["two streams"] / rate["diffusers"], "seconds_over_diffusers": seconds["two streams"] / seconds["diffusers"],
         "gflop_per_s": rate["two streams"] / 1e9,
     }  # fmt: skip
@@ -193,7 +197,7 @@ def bench_model(options) -> tuple[list[str], dict]:
 
 def bench_step(options) -> tuple[list[str], dict]:
     """The rollout's share of a self-resampling step, one process, no sharding."""
-    settings = config.Model(dim=256, ffn_dim=1024, heads=4, layers=4, text_dim=64, text_len=64, checkpointing=True)
+    settings = config.Model(dim=256, ffn_dim=1024, heads=4, layers=4, text_dim=64, text_len=64, checkpointing="block")
     model = CausalWan(settings).to(device(), torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     chunking, stage = Chunking(3, 3), config.Stage(history="autoregressive")
     figures, lines = {"bench": "step", "device": str(device()), "threads": torch.get_num_threads()}, ["a self-resampling step, with recomputation in backward"]
@@ -226,7 +230,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=128, help="attention: tokens a chunk")
     parser.add_argument("--heads", type=int, default=4, help="attention: heads")
     parser.add_argument("--side", type=int, default=8, help="model, step: a latent frame is side x side tokens")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--frames", type=int, default=3, help="model: latent frames a chunk")
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(arguments)
     lines, figures = BENCHES[options.name](options)
     print("\n".join(lines))

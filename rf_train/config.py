@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 HISTORIES = ("clean", "noise", "parallel", "autoregressive")
+CHECKPOINTINGS = ("none", "block", "selective")
 ATTENTIONS = ("dense", "window", "routed")
 
 
@@ -39,13 +40,14 @@ class Model:
     chunk: int = 3  # latent frames in a chunk
     first_chunk: int = 3  # latent frames in the first chunk; 1 lets a single image start a video
     eps: float = 1e-6
-    checkpointing: bool = True  # recompute each block's activations in backward
+    checkpointing: str = "block"  # recompute each block's activations in backward; selective: all but its self-attention; none
 
     def validate(self) -> None:
         require(self.dim % self.heads == 0, f"model.dim={self.dim} is not a multiple of model.heads={self.heads}")
         head = self.dim // self.heads
         require(head % 2 == 0 and head >= 8, f"a head is {head} wide (model.dim / model.heads); it must be even and at least 8")
         require(self.chunk >= 1 and self.first_chunk >= 1, "model.chunk and model.first_chunk must be at least 1")
+        require(self.checkpointing in CHECKPOINTINGS, f"model.checkpointing={self.checkpointing!r}: choose one of {', '.join(CHECKPOINTINGS)}")
         require(self.freq_dim % 2 == 0, f"model.freq_dim={self.freq_dim} must be even")
 
 

@@ -45,14 +45,14 @@ class SelfAttention(nn.Module):
         self.to_out = nn.ModuleList([Linear(dim, dim)])
         self.norm_q, self.norm_k = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
 
-    def forward(self, x: Tensor, plan: "Plan", memory: LayerCache | None, noisy_only: bool) -> Tensor:
+    def forward(self, x: Tensor, plan: "Plan", memory: LayerCache | None, noisy_only: bool, kept: dict | None) -> Tensor:
         """x [B, L, D], history tokens first. Returns [B, L, D], or the noisy tokens alone with `noisy_only`."""
         asks = x[:, plan.history_tokens :] if noisy_only else x
         skipped = plan.history_tokens if noisy_only else 0
         q = rotate(rearrange(self.norm_q(self.to_q(asks)), "b l (h d) -> b l h d", h=self.heads), plan.rotary[skipped:])
         k = rotate(rearrange(self.norm_k(self.to_k(x)), "b l (h d) -> b l h d", h=self.heads), plan.rotary)
         v = rearrange(self.to_v(x), "b l (h d) -> b h l d", h=self.heads)
-        out = two_stream_attention(q.transpose(1, 2), k.transpose(1, 2), v, plan.history, plan.noisy, plan.attention, memory, noisy_only)
+        out = two_stream_attention(q.transpose(1, 2), k.transpose(1, 2), v, plan.history, plan.noisy, plan.attention, memory, noisy_only, kept)
         return self.to_out[0](rearrange(out, "b h l d -> b l (h d)"))
 
 
@@ -108,18 +108,20 @@ class Block(nn.Module):
         self.ffn = FeedForward(dim, settings.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def forward(self, x: Tensor, time: Tensor, text: Tensor, plan: "Plan", memory: LayerCache | None = None, noisy_only: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, time: Tensor, text: Tensor, plan: "Plan", memory: LayerCache | None = None, noisy_only: bool = False, kept: dict | None = None
+    ) -> Tensor:
         """x [B, F, P, D], history frames first; time [B, F, 6, D] in fp32; text [B, text_len, D]. Returns x's shape, or its noisy frames alone."""
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = (self.scale_shift_table.float() + time).unsqueeze(3).unbind(2)  # (B, F, 1, D) each
         y = torch.addcmul(shift, layer_norm(x, self.eps), 1 + scale).to(x.dtype)
-        y = self.attn1(y.flatten(1, 2), plan, memory, noisy_only)
+        y = self.attn1(y.flatten(1, 2), plan, memory, noisy_only, kept)
         if noisy_only:
             skipped = plan.history_frames
             x, gate, shift_ffn, scale_ffn, gate_ffn = (part[:, skipped:] for part in (x, gate, shift_ffn, scale_ffn, gate_ffn))
         x = torch.addcmul(x.float(), y.float().unflatten(1, x.shape[1:3]), gate).to(x.dtype)
         x = x + self.attn2(self.norm2(x).flatten(1, 2), text, memory).unflatten(1, x.shape[1:3])
         y = torch.addcmul(shift_ffn, layer_norm(x, self.eps), 1 + scale_ffn).to(x.dtype)
-        return torch.addcmul(x.float(), self.ffn(y).float(), gate_ffn).to(x.dtype)
+        return torch.addcmul(x.float(), self.ffn(y.flatten(1, 2)).float().view_as(x), gate_ffn).to(x.dtype)
 
 
 class Embedder(nn.Module):
@@ -202,7 +204,7 @@ class CausalWan(nn.Module):
             if latent is not None:
                 parts.append(self.patch_embedding(latent.to(self.patch_embedding.weight.dtype)))
                 levels.append(level if level is not None else latent.new_zeros(latent.shape[0], frames, dtype=torch.float32))
-        x = rearrange(torch.cat(parts, dim=2), "b d f h w -> b f (h w) d")
+        x = rearrange(torch.cat(parts, dim=2), "b d f h w -> b f (h w) d").contiguous()
         height, width = parts[0].shape[-2:]
         tokens = height * width
         tables = [rotary_table(start, frames, height, width, self.head_dim, x.device) for start, frames in frame_starts if frames]
@@ -212,12 +214,13 @@ class CausalWan(nn.Module):
         plan = Plan(history_chunks, noisy_chunks, history_frames, rotary, attention)
 
         time, modulation, text = self.condition_embedder(torch.cat(levels, dim=1), text)
-        recompute = self.settings.checkpointing and torch.is_grad_enabled() and cache is None
+        recompute = self.settings.checkpointing != "none" and torch.is_grad_enabled() and cache is None
         for position, block in enumerate(self.blocks):
             memory = cache.layers[position] if cache is not None else None
             noisy_only = position == len(self.blocks) - 1  # nothing reads what the last block makes of history
             if recompute:
-                x = checkpoint(block, x, modulation, text, plan, noisy_only=noisy_only, use_reentrant=False)
+                kept = {} if self.settings.checkpointing == "selective" else None
+                x = checkpoint(block, x, modulation, text, plan, noisy_only=noisy_only, kept=kept, use_reentrant=False)
             else:
                 x = block(x, modulation, text, plan, memory=memory, noisy_only=noisy_only)
         if cache is not None:

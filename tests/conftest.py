@@ -10,7 +10,7 @@ torch.set_num_threads(2)
 
 
 def tiny_settings(**changes) -> config.Model:
-    settings = dict(dim=48, ffn_dim=96, heads=2, layers=2, channels=4, text_dim=12, text_len=6, freq_dim=32, chunk=3, first_chunk=3, checkpointing=False)
+    settings = dict(dim=48, ffn_dim=96, heads=2, layers=2, channels=4, text_dim=12, text_len=6, freq_dim=32, chunk=3, first_chunk=3, checkpointing="none")
     return config.Model(**{**settings, **changes})
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rf_train import config
+from rf_train import attention, config
+from rf_train.attention import JobAttention, jobs_of, two_stream_attention
 from rf_train.cache import Cache, cache_bytes
 from rf_train.chunks import Attention
 from rf_train.model import CausalWan, parameter_count
@@ -73,19 +74,73 @@ def test_routing_with_enough_chunks_is_dense(tiny_model):
     model = tiny_model()
     x, t, text = random_clip(15, 2, model.settings)
     dense, wide, narrow = (parallel_pass(model, x, x, t, text, a) for a in (Attention(), Attention("routed", k=4), Attention("routed", k=1)))
-    assert torch.equal(dense, wide)
+    torch.testing.assert_close(dense, wide, rtol=0, atol=1e-5)
     assert (dense - narrow).abs().max() > 1e-3
 
 
-def test_checkpointing_changes_nothing(tiny_model):
-    gradients = []
-    for checkpointing in (False, True):
-        model = tiny_model(checkpointing=checkpointing)
+def test_checkpointing_changes_nothing_and_the_selective_one_runs_no_attention_twice(tiny_model, monkeypatch):
+    gradients, calls = {}, {}
+    meet = attention.meet
+    monkeypatch.setattr(attention, "meet", lambda *given: calls.__setitem__(kind, calls.get(kind, 0) + 1) or meet(*given))
+    for kind in config.CHECKPOINTINGS:
+        model = tiny_model(checkpointing=kind)
         x, t, text = random_clip(9, 1, model.settings)
         parallel_pass(model, x, x, t, text, Attention()).square().mean().backward()
-        gradients.append(model.blocks[0].attn1.to_k.weight.grad)
-    assert gradients[0].abs().max() > 0
-    torch.testing.assert_close(*gradients)
+        gradients[kind] = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert calls == {"none": 2, "block": 4, "selective": 2}
+    assert gradients["none"]["blocks.0.attn1.to_k.weight"].abs().max() > 0
+    for kind in ("block", "selective"):
+        torch.testing.assert_close(gradients[kind], gradients["none"])
+
+
+def dense_reference(q, k, v, history, noisy, sight):
+    """Two-stream attention with a mask over everything, one query chunk and key chunk at a time from Figure 3c, in fp64."""
+    chunks = [(index, count, False) for index, count in history] + [(index, count, True) for index, count in noisy]
+    rows = []
+    for query, size, query_noisy in chunks:
+        row = []
+        for key, length, key_noisy in chunks:
+            near = sight.kind == "dense" or key >= query - sight.window or key < sight.sink
+            seen = (key == query) if query_noisy == key_noisy and key == query else (not key_noisy and key < query and near)
+            row.append(torch.full((size, length), seen))
+        rows.append(torch.cat(row, dim=1))
+    scores = (q.double() @ k.double().transpose(2, 3)) / q.shape[-1] ** 0.5
+    return scores.masked_fill(~torch.cat(rows), float("-inf")).softmax(-1) @ v.double()
+
+
+@pytest.mark.parametrize("sight", ATTENTIONS[:3], ids=lambda a: f"{a.kind}{a.sink or ''}")
+@pytest.mark.parametrize("sizes", [[4], [4, 4], [1, 4, 4, 3], [4] * 7, [4] * 20 + [2]], ids=len)
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 4e-2)], ids=["fp32", "fp64", "bf16"])
+def test_attention_and_its_gradients_equal_those_under_a_dense_mask(sizes, sight, dtype, near):
+    history, noisy = list(enumerate(sizes[:-1])), list(enumerate(sizes))
+    length = 2 * sum(sizes) - sizes[-1]
+    stream = torch.Generator().manual_seed(len(sizes))
+    q, k, v = (torch.randn(2, 3, length, 16, generator=stream).to(dtype).requires_grad_() for _ in range(3))
+    weight = torch.randn(2, 3, length, 16, generator=stream)
+    ours = two_stream_attention(q, k, v, history, noisy, sight)
+    reference = dense_reference(q, k, v, history, noisy, sight)
+    got, wanted = (torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (ours, reference))
+    for one, other in zip((ours, *got), (reference, *wanted)):
+        assert (one.double() - other.double()).abs().max() <= near * other.abs().max()
+
+
+@pytest.mark.parametrize("sight", ATTENTIONS[:3], ids=lambda a: f"{a.kind}{a.sink or ''}")
+def test_no_pair_of_tokens_is_computed_twice_and_calls_are_few(sight):
+    """Kernel calls of a pass: every visible pair once and no other; for dense, as many calls as rows and rectangles of the triangle."""
+    seen = torch.zeros(41, 41, dtype=torch.int)
+
+    def kernel(q, k, v):
+        seen[q.flatten().long()[:, None], k.flatten().long()[None]] += 1
+        return v.new_zeros(q.shape), v.new_zeros(q.shape[:3]), ()
+
+    place = torch.arange(41.0).reshape(1, 1, 41, 1)
+    history, noisy = [(i, 1) for i in range(20)], [(i, 1) for i in range(21)]
+    asking = [(i, 1, slice(i, i + 1), False) for i in range(20)] + [(i, 1, slice(20 + i, 21 + i), True) for i in range(21)]
+    jobs, calls = jobs_of(asking, list(range(20)), [slice(i, i + 1) for i in range(20)], sight), []
+    JobAttention.apply(place, place, place, jobs, (lambda *given: calls.append(1) or kernel(*given), None), None)
+    reference = dense_reference(torch.zeros(1, 1, 41, 1), torch.zeros(1, 1, 41, 1), torch.eye(41)[None, None], history, noisy, sight)[0, 0] > 0
+    assert torch.equal(seen.bool(), reference) and seen.max() == 1
+    assert len(calls) == 60 if sight.kind == "dense" else len(calls) <= 21 + 2 * 41
 
 
 @pytest.mark.parametrize("batch, frames, height, width", [(1, 3, 4, 6), (2, 5, 8, 4), (3, 1, 6, 6)])
