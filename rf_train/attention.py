@@ -55,7 +55,9 @@ def contiguous(pieces: list[slice]) -> tuple[slice, ...]:
 def run(x: Tensor, pieces: tuple[slice, ...]) -> Tensor:
     """The tokens of the pieces of x [B, H, L, D]: a view of one piece, a copy of several."""
     parts = [x[:, :, piece] for piece in pieces]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)  # as projections lay it out: heads next to each other
 
 
 def back(x: Tensor, pieces: tuple[slice, ...]) -> Tensor:

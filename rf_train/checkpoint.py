@@ -1,11 +1,12 @@
-"""Checkpoints: each rank's slices of weights, Adam's moments and the average, as safetensors, with a manifest.
+"""Checkpoints: each rank's fragments of weights, Adam's moments and the average, as safetensors, with a manifest.
 
-    RUN/checkpoints/step-00000500/rank-00000.safetensors     master/NAME, exp_avg/NAME, exp_avg_sq/NAME, ema/NAME: flat fp32 slices
+    RUN/checkpoints/step-00000500/rank-00000.safetensors     master/NAME, exp_avg/NAME, exp_avg_sq/NAME, ema/NAME: flat fp32 fragments
                                   manifest.json              step, world size, parameter shapes, size and sha256 of every file
     RUN/latest                                               the newest whole checkpoint's name
 
-Slice r of W of a parameter is elements [r n, (r + 1) n) of it flattened, n = ceil(numel / W), the last one padded. So any number of
-ranks can read what another number wrote, and no rank ever holds the whole model. A checkpoint is made in a folder of another name, which is
+Under ZeRO-3 slice r of W of a parameter is elements [r n, (r + 1) n) of it flattened, n = ceil(numel / W), the last one padded; under
+ZeRO-2 a rank holds whole parameters or pieces of them, and the manifest says where each begins. So any number of ranks and either stage
+can read what another wrote, and no rank ever holds more than one whole parameter. A checkpoint is made in a folder of another name, which is
 renamed when all of it is on disk; `latest` moves last.
 """
 
@@ -22,77 +23,76 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rf_train import distributed
+
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 
 
 class Shards:
-    """This rank's slices of a ZeRO-3 engine's state, by parameter name, and the average of the weights (EMA).
+    """This rank's fragments of an engine's state, by parameter name, and the average of the weights (EMA).
 
-    The average is kept on each rank's own slices: no communication, exact.
+    The average is kept on each rank's own fragments: no communication, exact.
     """
 
     def __init__(self, engine, decay: float):
-        from deepspeed.utils import safe_get_local_fp32_param
-
         self.engine, self.decay, self.step = engine, decay, 0
-        self.parameters = {name: parameter for name, parameter in engine.module.named_parameters()}
-        self.shapes = {name: tuple(parameter.ds_shape) for name, parameter in self.parameters.items()}
-        self.master = {name: safe_get_local_fp32_param(parameter) for name, parameter in self.parameters.items()}
-        self.ema = {name: slice.clone() for name, slice in self.master.items()}
-        for flat in engine.optimizer.fp32_partitioned_groups_flat:  # what AdamW would make at its first step: so a state can be loaded or saved before it
-            engine.optimizer.optimizer.state[flat] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
-
-    def _moments(self) -> dict[str, dict[str, Tensor]]:
-        from deepspeed.utils import safe_get_local_optimizer_state
-
-        return {kind: {name: safe_get_local_optimizer_state(p, kind) for name, p in self.parameters.items()} for kind in ("exp_avg", "exp_avg_sq")}
+        self.shapes = distributed.parameter_shapes(engine)
+        self.mine = distributed.fragments(engine)
+        self.ema = {name: fragment.master.clone() for name, fragment in self.mine.items()}
 
     @torch.no_grad()
     def update_average(self) -> None:
         """ema <- d ema + (1 - d) weights, with d rising to `decay` over the first steps: d = min(decay, (1 + n) / (10 + n))."""
         self.step += 1
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.ema.values()), list(self.master.values()), 1 - decay)
+        torch._foreach_lerp_(list(self.ema.values()), [fragment.master for fragment in self.mine.values()], 1 - decay)
 
-    def restart_average(self) -> None:
-        """The average becomes the weights as they are."""
-        torch._foreach_copy_(list(self.ema.values()), list(self.master.values()))
+    def places(self) -> dict[str, dict[str, Tensor]]:
+        """{kind: {name: flat fp32 tensor}} of the engine's state."""
+        mine = distributed.fragments(self.engine)
+        kinds = {kind: {name: getattr(fragment, kind) for name, fragment in mine.items()} for kind in ("master", "exp_avg", "exp_avg_sq")}
+        return {**kinds, "ema": self.ema}
 
     def tensors(self) -> dict[str, Tensor]:
-        kinds = {"master": self.master, "ema": self.ema, **self._moments()}
-        return {f"{kind}/{name}": slice.detach().cpu().contiguous() for kind, slices in kinds.items() for name, slice in slices.items()}
+        return {f"{kind}/{name}": tensor.detach().cpu().contiguous() for kind, tensors in self.places().items() for name, tensor in tensors.items()}
+
+    def begins(self) -> dict[str, int] | None:
+        """Where this rank's fragments begin in their parameters; None when they are equal slices (ZeRO-3), as a reader assumes."""
+        return None if self.engine.zero_optimization_stage() == 3 else {name: fragment.begin for name, fragment in self.mine.items()}
 
     @torch.no_grad()
     def load(self, folder: Path, manifest: dict) -> None:
-        """Puts this rank's slices of the checkpoint in place; the checkpoint may come from another number of ranks."""
+        """Puts this rank's fragments of the checkpoint in place; it may come from another number of ranks and another ZeRO stage."""
         wrong = difference(manifest["shapes"], self.shapes)
         if wrong:
             raise ValueError(f"{folder}: the checkpoint is of another model: {wrong}")
-        rank, world = dist.get_rank(), dist.get_world_size()
-        for state in self.engine.optimizer.optimizer.state.values():
-            state["step"].fill_(manifest["optimizer_steps"])
-        moments = self._moments()
+        for count in distributed.adam_steps(self.engine):
+            count.fill_(manifest["optimizer_steps"])
         with Reader(folder, manifest) as reader:
-            for name, parameter in self.parameters.items():
-                places = {"master": self.master, "ema": self.ema, **moments}
-                for kind, slices in places.items():
-                    slices[name].copy_(reader.slice(kind, name, rank, world))
-                parameter.ds_tensor.data.copy_(self.master[name].view_as(parameter.ds_tensor))
+            for kind, tensors in self.places().items():
+                self._fill(tensors, lambda name, begin, end: reader.flat(kind, name, begin, end))
+            distributed.use_masters(self.engine, self.mine, lambda name: reader.whole("master", name))
         self.step = manifest["average_steps"]
 
     @torch.no_grad()
     def load_weights(self, files) -> None:
-        """Puts this rank's slices of a checkpoint's tensors (`weights.WeightFiles`) in place, in fp32; the average starts there too."""
+        """Puts this rank's fragments of a checkpoint's tensors (`weights.WeightFiles`) in place, in fp32; the average starts there too."""
         files.check(self.shapes)
-        for name, parameter in self.parameters.items():
-            self.master[name].copy_(files.slice(name, dist.get_rank(), dist.get_world_size()))
-            parameter.ds_tensor.data.copy_(self.master[name].view_as(parameter.ds_tensor))
-        self.restart_average()
+        for tensors in (self.places()["master"], self.ema):
+            self._fill(tensors, files.flat)
+        distributed.use_masters(self.engine, self.mine, files.whole)
+
+    def _fill(self, tensors: dict[str, Tensor], flat) -> None:
+        """Fills fragments from `flat(name, begin, end)`; what lies past a parameter's end is padding, and 0."""
+        for name, tensor in tensors.items():
+            total, begin = math.prod(self.shapes[name]), self.mine[name].begin
+            found = flat(name, min(begin, total), min(begin + tensor.numel(), total))
+            tensor.copy_(torch.nn.functional.pad(found, (0, tensor.numel() - len(found))))
 
     @property
     def optimizer_steps(self) -> int:
         """Steps that AdamW has taken."""
-        return int(next(iter(self.engine.optimizer.optimizer.state.values()))["step"])
+        return int(distributed.adam_steps(self.engine)[0])
 
 
 class Reader:
@@ -100,7 +100,8 @@ class Reader:
 
     def __init__(self, folder: Path, manifest: dict):
         self.shapes, self.world = manifest["shapes"], manifest["world_size"]
-        self.paths = [folder / f"rank-{rank:05d}.safetensors" for rank in range(self.world)]
+        self.paths = [folder / entry["file"] for entry in manifest["files"]]
+        self.begins = [entry.get("begins") for entry in manifest["files"]]
 
     def __enter__(self) -> "Reader":
         self.files = [safe_open(path, "pt") for path in self.paths]
@@ -111,19 +112,18 @@ class Reader:
 
     def flat(self, kind: str, name: str, begin: int, end: int) -> Tensor:
         """Elements begin .. end - 1 of the flattened parameter, fp32."""
-        size = -(-math.prod(self.shapes[name]) // self.world)
-        pieces = []
-        for rank in range(begin // size, min(self.world, -(-end // size))):
-            low, high = max(begin - rank * size, 0), min(end - rank * size, size)
-            pieces.append(self.files[rank].get_slice(f"{kind}/{name}")[low:high])
+        size, pieces = -(-math.prod(self.shapes[name]) // self.world), []
+        holders = range(self.world) if self.begins[0] is not None else range(begin // size, min(self.world, -(-end // size)))
+        for rank in holders:
+            begins = self.begins[rank]
+            if begins is not None and name not in begins:
+                continue
+            piece = self.files[rank].get_slice(f"{kind}/{name}")
+            start = rank * size if begins is None else begins[name]
+            low, high = max(begin - start, 0), min(end - start, piece.get_shape()[0])
+            if low < high:
+                pieces.append(piece[low:high])
         return torch.cat(pieces) if pieces else torch.zeros(0)
-
-    def slice(self, kind: str, name: str, rank: int, world: int) -> Tensor:
-        """Slice `rank` of `world` of a parameter, zero-padded to its full length."""
-        total = math.prod(self.shapes[name])
-        size = -(-total // world)
-        found = self.flat(kind, name, min(rank * size, total), min((rank + 1) * size, total))
-        return torch.nn.functional.pad(found, (0, size - len(found)))
 
     def whole(self, kind: str, name: str) -> Tensor:
         """The parameter in its shape, fp32."""
@@ -150,8 +150,8 @@ def save(run: Path, step: int, shards: Shards) -> Path:
     path = making / f"rank-{rank:05d}.safetensors"
     save_file(shards.tensors(), path)
     _sync(path)
-    entries: list = [None] * world
-    dist.all_gather_object(entries, {"file": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)})
+    entries, begins = [None] * world, shards.begins()
+    dist.all_gather_object(entries, {"file": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path), **({} if begins is None else {"begins": begins})})
     if rank == 0:
         manifest = {
             "step": step, "world_size": world, "optimizer_steps": shards.optimizer_steps, "average_steps": shards.step,

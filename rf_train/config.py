@@ -110,9 +110,15 @@ class Optimizer:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.0
-    clip: float = 1.0  # gradient norm
+    clip: float = 1.0  # gradient norm; 0 = not clipped
     ema: float = 0.999  # decay of the weights' average; 0 = none
+    max_skipped: int = 10  # steps in a row whose gradient isn't finite and that are skipped; then the run stops
     micro_batch: int = 1  # clips a rank and pass; accumulation follows from the stage's batch
+
+    def validate(self) -> None:
+        require(self.micro_batch >= 1 and self.max_skipped >= 1, "optimizer.micro_batch and optimizer.max_skipped must be at least 1")
+        require(self.clip >= 0, "optimizer.clip must not be negative; 0 = no clipping")
+        require(0 <= self.ema < 1, f"optimizer.ema={self.ema} is not in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,9 @@ class Run:
     out: str = "runs/run"
     seed: int = 0
     deepspeed: str = "ds_configs/zero3.json"
+    sequence: int = 1  # ranks that share each clip's attention heads (sequence parallelism); must divide the ranks and the heads
+    held: bool = True  # gather all parameters once for a rollout; false where a full copy doesn't fit: gathered again in every pass
+    precision: str = "auto"  # bf16 | fp32 | auto: bf16 on a GPU, fp32 on a CPU; masters, gradient sums and the average are fp32 always
     save_every: int = 500  # steps; a checkpoint is also made at the end of each stage
     keep: int = 2  # newest checkpoints kept besides the ends of stages
     wandb: str = "offline"  # offline | online | disabled
@@ -127,6 +136,8 @@ class Run:
 
     def validate(self) -> None:
         require(self.wandb in ("offline", "online", "disabled"), f"run.wandb={self.wandb!r}: choose offline, online or disabled")
+        require(self.precision in ("auto", "bf16", "fp32"), f"run.precision={self.precision!r}: choose auto, bf16 or fp32")
+        require(self.sequence >= 1, "run.sequence must be at least 1")
         require(self.save_every >= 1 and self.keep >= 1, "run.save_every and run.keep must be at least 1")
 
 
@@ -155,6 +166,7 @@ class Recipe:
     def validate(self) -> None:
         require(len(self.stages) > 0, "stages: a recipe needs at least one")
         names = [stage.name for stage in self.stages]
+        require(self.model.heads % self.run.sequence == 0, f"run.sequence={self.run.sequence} does not divide model.heads={self.model.heads}")
         require(len(set(names)) == len(names), f"stages: names must differ, got {names}")
 
     @property

@@ -53,6 +53,21 @@ def flow_loss(v: Tensor, x: Tensor, eps: Tensor) -> Tensor:
     return (v.float() - target_velocity(x, eps).float()).square().mean(dim=(1, 3, 4))
 
 
-def mean_over_chunks(by_frame: Tensor, sizes: list[int]) -> Tensor:
-    """[B, F] -> [B, N]: the mean over each chunk's frames, so that every chunk weighs the same, a short one too."""
-    return torch.stack([part.mean(dim=1) for part in by_frame.split(sizes, dim=1)], dim=1)
+def mean_over_chunks(by_frame: Tensor, sizes: list[int], present: Tensor | None = None) -> Tensor:
+    """[B, F] -> [B, N]: the mean over each chunk's frames, so that every chunk weighs the same, a short one too.
+
+    `present`, bool [B, F], leaves out frames that are missing; a chunk without any is 0.
+    """
+    if present is None:
+        return torch.stack([part.mean(dim=1) for part in by_frame.split(sizes, dim=1)], dim=1)
+    kept = by_frame.where(present, 0)
+    pairs = zip(kept.split(sizes, dim=1), present.split(sizes, dim=1))
+    return torch.stack([part.sum(dim=1) / there.sum(dim=1).clamp(min=1) for part, there in pairs], dim=1)
+
+
+def mean_of_present(by_chunk: Tensor, sizes: list[int], present: Tensor | None = None) -> Tensor:
+    """The loss (eq. 4): the mean of [B, N] over each clip's chunks that have a frame `present`, then over clips."""
+    if present is None:
+        return by_chunk.mean()
+    there = torch.stack([part.any(dim=1) for part in present.split(sizes, dim=1)], dim=1)
+    return (by_chunk.where(there, 0).sum(dim=1) / there.sum(dim=1).clamp(min=1)).mean()

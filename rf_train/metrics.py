@@ -1,6 +1,7 @@
 """Every figure of a run: `metrics.jsonl`, a progress bar on rank 0, and wandb in the mode that the recipe sets."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -32,19 +33,21 @@ class Metrics:
         self.clock = time.perf_counter()
 
     def log(self, step: int, stage: str, samples: int, figures: dict) -> None:
-        """Figures of the finished 0-based `step`, which took `samples` clips. Numbers, or lists of numbers."""
+        """Figures of the finished 0-based `step`, which took `samples` clips. Numbers, or lists of numbers; None for what could not be measured."""
         if not self.active:
             return
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         row = {"step": step + 1, "stage": stage, "seconds": seconds, "samples_per_s": samples / seconds, **figures}
-        self.file.write(json.dumps(row) + "\n")
+        row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}  # JSON has no NaN
+        self.file.write(json.dumps(row, allow_nan=False) + "\n")
         self.bar.update()
-        self.bar.set_postfix_str(f"{stage} loss {figures['loss']:.4f} {row['samples_per_s']:.1f} samples/s", refresh=False)
+        loss = "none" if row["loss"] is None else f"{row['loss']:.4f}"
+        self.bar.set_postfix_str(f"{stage} loss {loss} {row['samples_per_s']:.1f} samples/s", refresh=False)
         if self.wandb is not None:
             flat = {k: v for k, v in row.items() if not isinstance(v, list)}
             flat.update({f"{k}/{i}": v for k, vs in row.items() if isinstance(vs, list) for i, v in enumerate(vs)})
-            self.wandb.log(flat, step=step + 1)
+            self.wandb.log({k: v for k, v in flat.items() if v is not None}, step=step + 1)
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""

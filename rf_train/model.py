@@ -51,9 +51,14 @@ class SelfAttention(nn.Module):
         skipped = plan.history_tokens if noisy_only else 0
         q = rotate(rearrange(self.norm_q(self.to_q(asks)), "b l (h d) -> b l h d", h=self.heads), plan.rotary[skipped:])
         k = rotate(rearrange(self.norm_k(self.to_k(x)), "b l (h d) -> b l h d", h=self.heads), plan.rotary)
-        v = rearrange(self.to_v(x), "b l (h d) -> b h l d", h=self.heads)
-        out = two_stream_attention(q.transpose(1, 2), k.transpose(1, 2), v, plan.history, plan.noisy, plan.attention, memory, noisy_only, kept)
-        return self.to_out[0](rearrange(out, "b h l d -> b l (h d)"))
+        v = rearrange(self.to_v(x), "b l (h d) -> b l h d", h=self.heads)
+
+        def attend(*qkv: Tensor) -> Tensor:
+            heads_first = (y.transpose(1, 2) for y in qkv)
+            return two_stream_attention(*heads_first, plan.history, plan.noisy, plan.attention, memory, noisy_only, kept).transpose(1, 2)
+
+        out = attend(q, k, v) if plan.sequence is None else plan.sequence.attend(attend, q, k, v, plan.tokens)
+        return self.to_out[0](rearrange(out, "b l h d -> b l (h d)"))
 
 
 class CrossAttention(nn.Module):
@@ -152,16 +157,25 @@ class Embedder(nn.Module):
 class Plan:
     """What one pass computes: which chunks stand in each stream, and where."""
 
-    def __init__(self, history: list[tuple[int, int]], noisy: list[tuple[int, int]], history_frames: int, rotary: Tensor, attention: Attention):
+    def __init__(
+        self, history: list[tuple[int, int]], noisy: list[tuple[int, int]], history_frames: int, tokens: int, rotary: Tensor, attention: Attention, sequence
+    ):
         self.history, self.noisy = history, noisy  # pairs of (chunk index, tokens)
         self.history_frames = history_frames
-        self.history_tokens = sum(tokens for _, tokens in history)
-        self.rotary = rotary
+        self.tokens = tokens  # of a frame, on this rank
+        self.history_tokens = history_frames * tokens
+        self.rotary = rotary  # of this rank's tokens
         self.attention = attention
+        self.sequence = sequence
 
 
 class CausalWan(nn.Module):
-    """Wan2.1's transformer made causal over chunks."""
+    """Wan2.1's transformer made causal over chunks.
+
+    `sequence`, when set, spreads a clip's tokens and heads over ranks: see `distributed.Sequence`. Inputs and outputs are whole all the same.
+    """
+
+    sequence = None
 
     def __init__(self, settings: config.Model):
         super().__init__()
@@ -209,9 +223,12 @@ class CausalWan(nn.Module):
         tokens = height * width
         tables = [rotary_table(start, frames, height, width, self.head_dim, x.device) for start, frames in frame_starts if frames]
         rotary = torch.cat(tables)
+        if self.sequence is not None:
+            x = self.sequence.share(x, 2)
+            rotary = self.sequence.share(rotary.unflatten(0, (-1, tokens)), 1).flatten(0, 1)
         history_chunks, noisy_chunks = ([(index, frames * tokens) for index, frames in chunks] for chunks in chunk_lists)
         history_frames = frame_starts[0][1]
-        plan = Plan(history_chunks, noisy_chunks, history_frames, rotary, attention)
+        plan = Plan(history_chunks, noisy_chunks, history_frames, x.shape[2], rotary, attention, self.sequence)
 
         time, modulation, text = self.condition_embedder(torch.cat(levels, dim=1), text)
         recompute = self.settings.checkpointing != "none" and torch.is_grad_enabled() and cache is None
@@ -229,8 +246,10 @@ class CausalWan(nn.Module):
             return None
         shift, scale = (self.scale_shift_table.float() + time[:, history_frames:, None]).unsqueeze(3).unbind(2)
         x = torch.addcmul(shift, layer_norm(x, self.settings.eps), 1 + scale).to(x.dtype)
-        p = self.settings.patch
-        return rearrange(self.proj_out(x), "b f (h w) (p q c) -> b c f (h p) (w q)", h=height, w=width, p=p, q=p)
+        p, out = self.settings.patch, self.proj_out(x)
+        if self.sequence is not None:
+            out = self.sequence.whole(out, 2)
+        return rearrange(out, "b f (h w) (p q c) -> b c f (h p) (w q)", h=height, w=width, p=p, q=p)
 
     def new_cache(self, batch: int, tokens_per_frame: int, frames: int, attention: Attention = Attention()) -> Cache:
         """A cache for `frames` latent frames of history (fewer when `attention` is a window: only what can still be read is kept)."""
@@ -238,7 +257,8 @@ class CausalWan(nn.Module):
         if attention.kind == "window":
             frames = min(frames, (attention.window + 1 + attention.sink) * largest)
         weight, s = self.proj_out.weight, self.settings
-        return Cache(s.layers, batch, s.heads, frames * tokens_per_frame, largest * tokens_per_frame, self.head_dim, weight.dtype, weight.device, attention.sink)
+        heads = s.heads // (self.sequence.size if self.sequence is not None else 1)
+        return Cache(s.layers, batch, heads, frames * tokens_per_frame, largest * tokens_per_frame, self.head_dim, weight.dtype, weight.device, attention.sink)
 
 
 def pad_text(texts: list[Tensor], settings: config.Model) -> Tensor:

@@ -100,12 +100,17 @@ class StepLoss:
     t: Tensor  # [B, N] noise levels of the noisy chunks
 
 
-def training_loss(model, x: Tensor, text: Tensor, history: Tensor | None, draws: Draws, settings: Flow, stage: Stage, chunking: Chunking) -> StepLoss:
-    """One parallel pass over all chunks: the flow-matching loss (eq. 4) with targets from the clean clip and history x~."""
+def training_loss(
+    model, x: Tensor, text: Tensor, history: Tensor | None, draws: Draws, settings: Flow, stage: Stage, chunking: Chunking, present: Tensor | None = None
+) -> StepLoss:
+    """One parallel pass over all chunks: the flow-matching loss (eq. 4) with targets from the clean clip and history x~.
+
+    `present`, bool [B, F], tells which latent frames of the clips are there; None: all of them.
+    """
     sizes = chunking.sizes(x.shape[2])
     t = flow.level(draws.t_normal, draws.t_uniform, settings.t_distribution, settings.t_shift)
     t_frames = by_frame(t, sizes)
     x_t = flow.interpolate(x, draws.noise, t_frames)
     v = model(noisy=x_t, t=t_frames, history=history, text=text, attention=stage_attention(stage))
-    by_chunk = flow.mean_over_chunks(flow.flow_loss(v, x, draws.noise), sizes)
-    return StepLoss(by_chunk.mean(), by_chunk.detach(), t)
+    by_chunk = flow.mean_over_chunks(flow.flow_loss(v, x, draws.noise), sizes, present)
+    return StepLoss(flow.mean_of_present(by_chunk, sizes, present), by_chunk.detach(), t)

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from rf_train import checkpoint, config, data, distributed
 from rf_train.checkpoint import Shards
+from rf_train.distributed import EngineModel
 from rf_train.metrics import Metrics
-from rf_train.resampling import make_history, stage_attention, training_loss
+from rf_train.resampling import StepLoss, make_history, stage_attention, training_loss
 from rf_train.selftest import self_test
 from rf_train.weights import WeightFiles
 
@@ -28,15 +29,20 @@ from rf_train.weights import WeightFiles
 def train(recipe: config.Recipe) -> None:
     """Runs all stages of `recipe` that its checkpoints don't hold already. Called on every rank."""
     rank, world, device = distributed.start()
+    sequence = recipe.run.sequence
+    if world % sequence:
+        raise ValueError(f"run.sequence={sequence} does not divide the {world} ranks")
+    replica, replicas = rank // sequence, world // sequence  # neighbouring ranks share clips
     out = Path(recipe.run.out)
     datasets = data.open_datasets(recipe)
     for stage in recipe.stages:
-        data.accumulation(stage, recipe.optimizer.micro_batch, world)
-    engine = distributed.build_engine(recipe, device, world, data.accumulation(recipe.stages[0], recipe.optimizer.micro_batch, world))
+        data.accumulation(stage, recipe.optimizer.micro_batch, replicas)
+    engine = distributed.build_engine(recipe, device, world)
     shards = Shards(engine, recipe.optimizer.ema)
     first = restore(recipe, shards)
+    distributed.agree("at the start", steps_done=first, steps=recipe.steps, seed=recipe.run.seed)
     chunks = max(len(engine.module.chunking.sizes(datasets[stage.data or recipe.data.train].frames(stage))) for stage in recipe.stages)
-    with distributed.held(engine) as model:
+    with distributed.held(engine, blocks=None if recipe.run.held else 2) as model:
         self_test(model, chunks, [stage_attention(stage) for stage in recipe.stages])
     if rank == 0:
         prepare_folder(recipe, out, datasets)
@@ -44,19 +50,25 @@ def train(recipe: config.Recipe) -> None:
     metrics = Metrics(recipe, first, rank)
     metrics.say(describe(recipe, engine, shards, world, device, first))
     ends = stage_ends(recipe)
+    skipped: list[list[str]] = []  # of the last steps in a row that were: the clips whose loss wasn't finite
 
     try:
-        for step, batches in data.steps(recipe, datasets, first, rank, world):
+        for step, batches in data.steps(recipe, datasets, first, replica, replicas):
             _, stage, inside = recipe.stage_at(step)
-            distributed.set_accumulation(engine, stage)
+            distributed.set_accumulation(engine, stage, sequence)
             set_learning_rate(engine, stage, inside)
-            figures = train_step(engine, [batch.to(device) for batch in batches], recipe.flow, stage)
-            if not math.isfinite(figures["loss"]):
-                raise RuntimeError(f"step {step + 1}: the loss is {figures['loss']} on clips {[i for batch in batches for i in batch.ids]} of this rank; nothing was saved")
-            shards.update_average()
+            figures, bad = train_step(engine, step, [batch.to(device) for batch in batches], recipe, stage)
+            if figures["skipped"]:
+                skipped.append(sorted(set(distributed.gather_texts(bad))))
+                metrics.say(f"step {step + 1}: skipped, its gradient is not finite; clips with such a loss: {', '.join(skipped[-1]) or 'none'}")
+            else:
+                shards.update_average()
+                skipped.clear()
             metrics.log(step, stage.name, stage.batch, {**figures, "lr": engine.optimizer.param_groups[0]["lr"]})
+            if len(skipped) >= recipe.optimizer.max_skipped:
+                raise RuntimeError(not_finite(step, skipped, checkpoint.latest(out)))
             done = step + 1
-            if done in ends or done % recipe.run.save_every == 0:
+            if done in ends or (done % recipe.run.save_every == 0 and not skipped):
                 saved = checkpoint.save(out, done, shards)
                 if rank == 0:
                     checkpoint.prune(out, recipe.run.keep, ends)
@@ -65,25 +77,43 @@ def train(recipe: config.Recipe) -> None:
         metrics.close()
 
 
-def train_step(engine, batches: list[data.Batch], flow: config.Flow, stage: config.Stage) -> dict:
-    """One optimizer step over this rank's micro-batches; returns figures that are the same on every rank."""
+def not_finite(step: int, skipped: list[list[str]], saved: Path | None) -> str:
+    clips = sorted({clip for clips in skipped for clip in clips})
+    return (
+        f"step {step + 1}: {len(skipped)} steps in a row had a gradient that is not finite and were skipped; nothing was saved over them. "
+        f"Clips whose loss was not finite: {', '.join(clips) or 'none, the gradient alone'}. The newest checkpoint is {saved or 'not there yet'}; "
+        "look at these clips, or go on from it with a lower learning rate"
+    )
+
+
+def train_step(engine, step: int, batches: list[data.Batch], recipe: config.Recipe, stage: config.Stage) -> tuple[dict, list[str]]:
+    """One optimizer step over this rank's micro-batches: figures that are the same on every rank, and this rank's clips whose loss isn't finite.
+
+    When any rank's gradient isn't finite, the step is skipped on all of them.
+    """
     chunking = engine.module.chunking
     device = batches[0].x.device
-    sums, rollout_seconds, begin = 0, 0.0, clock(device)
+    clip = batches[0].x.shape
+    names = ("batch", "channels", "latent frames", "latent height", "latent width")
+    distributed.agree(f"step {step + 1}", step=step, **{"micro-batches": len(batches)}, chunks=len(chunking.sizes(clip[2])), **dict(zip(names, clip)))
+    sums, bad, rollout_seconds, begin = 0, [], 0.0, clock(device)
     for batch in batches:
         t0 = clock(device)
         if stage.history in ("parallel", "autoregressive"):
-            with distributed.held(engine) as model:
+            with distributed.rollout_model(engine, recipe.run.held) as model:
                 history, t_s = make_history(model, batch.x, batch.text, batch.draws, stage, chunking)
         else:
             history, t_s = make_history(engine.module, batch.x, batch.text, batch.draws, stage, chunking)
         rollout_seconds += clock(device) - t0
-        result = training_loss(EngineModel(engine), batch.x, batch.text, history, batch.draws, flow, stage, chunking)
+        result = training_loss(EngineModel(engine), batch.x, batch.text, history, batch.draws, recipe.flow, stage, chunking)
         engine.backward(result.loss)
         engine.step()
-        sums = sums + packed(result.by_chunk, history_error(batch.x, history, chunking), t_s)
+        bad += [name for name, good in zip(batch.ids, result.by_chunk.isfinite().all(dim=1).tolist()) if not good]
+        sums = sums + packed(result, history_error(batch.x, history, chunking), t_s)
+    skipped = not engine.was_step_applied()
     seconds = clock(device) - begin
-    return {**unpacked(distributed.sum_over_ranks(sums)), "grad_norm": float(engine.get_global_grad_norm() or 0.0), "rollout_share": rollout_seconds / seconds}
+    figures = unpacked(distributed.sum_over_ranks(sums) / recipe.run.sequence)
+    return {**figures, "skipped": int(skipped), "grad_norm": float(engine.get_global_grad_norm() or 0.0), "rollout_share": rollout_seconds / seconds}, bad
 
 
 def clock(device: torch.device) -> float:
@@ -91,16 +121,6 @@ def clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-class EngineModel:
-    """The engine, called as the model is: ZeRO-3's gathers and DeepSpeed's bookkeeping happen around the model's forward."""
-
-    def __init__(self, engine):
-        self.engine, self.settings = engine, engine.module.settings
-
-    def __call__(self, **arguments) -> Tensor:
-        return self.engine(**arguments)
 
 
 def history_error(x: Tensor, history: Tensor | None, chunking) -> Tensor:
@@ -114,17 +134,38 @@ def history_error(x: Tensor, history: Tensor | None, chunking) -> Tensor:
     return error
 
 
-def packed(by_chunk: Tensor, error: Tensor, t_s: Tensor) -> Tensor:
-    """Sums over clips in one fp64 vector: count, t_s, then loss and history error by chunk. One reduction a step."""
-    count = torch.tensor([float(len(by_chunk))], dtype=torch.float64, device=by_chunk.device)
-    return torch.cat([count, t_s.double().sum()[None], by_chunk.double().sum(0), error.double().sum(0)])
+BINS = 10  # of noise levels, [0, 1] in equal parts
+
+
+def packed(result: StepLoss, error: Tensor, t_s: Tensor) -> Tensor:
+    """Sums over clips in one fp64 vector; one reduction a step. Clips whose loss isn't finite are left out.
+
+    Their number, that of the others, t_s, then by bin of noise level: clips by t_s, chunks by t, their loss; then loss and history error by chunk.
+    """
+    good = result.by_chunk.isfinite().all(dim=1)
+    by_chunk, t, error, t_s = (x[good].double() for x in (result.by_chunk, result.t, error, t_s))
+
+    def by_bin(level: Tensor, value: Tensor) -> Tensor:
+        return torch.zeros(BINS, dtype=torch.float64, device=level.device).index_add_(0, (level * BINS).long().clamp(0, BINS - 1).flatten(), value.flatten())
+
+    counts = torch.stack([(~good).sum().double(), good.sum().double(), t_s.sum()])
+    return torch.cat([counts, by_bin(t_s, torch.ones_like(t_s)), by_bin(t, torch.ones_like(t)), by_bin(t, by_chunk), by_chunk.sum(0), error.sum(0)])
 
 
 def unpacked(total: Tensor) -> dict:
-    mean = (total[1:] / total[0]).tolist()
-    chunks = (len(mean) - 1) // 2
-    loss, error = mean[1 : 1 + chunks], mean[1 + chunks :]
-    return {"loss": sum(loss) / chunks, "loss_by_chunk": loss, "t_s": mean[0], "history_error_by_chunk": error[:-1]}
+    """The figures of a step from `packed` sums; what has no clips to be measured on is None."""
+    bad, count, t_s, *rest = total.tolist()
+    by_t_s, by_t, loss_by_t, by_chunk = rest[:BINS], rest[BINS : 2 * BINS], rest[2 * BINS : 3 * BINS], rest[3 * BINS :]
+    chunks = len(by_chunk) // 2
+    loss, error = ([share(value, count) for value in part] for part in (by_chunk[:chunks], by_chunk[chunks:]))
+    return {
+        "loss": sum(loss) / chunks if count else None, "loss_by_chunk": loss, "loss_by_t": [share(value, number) for value, number in zip(loss_by_t, by_t)],
+        "t_s": share(t_s, count), "t_s_histogram": [round(value) for value in by_t_s], "history_error_by_chunk": error[:-1], "clips_not_finite": round(bad),
+    }  # fmt: skip
+
+
+def share(total: float, count: float) -> float | None:
+    return total / count if count else None
 
 
 def set_learning_rate(engine, stage: config.Stage, inside: int) -> None:
@@ -193,7 +234,7 @@ def changes(old, new, where: str = "") -> list[tuple[str, object, object]]:
 
 def describe(recipe: config.Recipe, engine, shards: Shards, world: int, device: torch.device, first: int) -> str:
     total = sum(math.prod(shape) for shape in shards.shapes.values())
-    mine = sum(slice.numel() for slice in shards.master.values())
+    mine = sum(fragment.master.numel() for fragment in shards.mine.values())
     stages = ", ".join(f"{s.name} ({s.history}, {s.attention}, {s.steps} steps of {s.batch})" for s in recipe.stages)
     start = f"going on after step {first}" if first else "from the start"
     return (
@@ -221,8 +262,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not str(error).startswith("step "):
             raise
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if rank:
+            time.sleep(5)  # rank 0 tells of what went wrong on all; this rank tells only if the launcher leaves it the time
+        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2
     finally:
         if dist.is_initialized():

@@ -107,13 +107,6 @@ class WeightFiles:
         rows = self._open[path].get_slice(key)[first:last].float().reshape(-1)
         return rows[begin - first * row : end - first * row]
 
-    def slice(self, name: str, rank: int, world: int) -> Tensor:
-        """Slice `rank` of `world` of the flattened tensor, fp32, zero-padded to its full length."""
-        total = math.prod(self.places[name][2])
-        size = -(-total // world)
-        found = self.flat(name, min(rank * size, total), min((rank + 1) * size, total))
-        return nn.functional.pad(found, (0, size - len(found)))
-
     def whole(self, name: str) -> Tensor:
         """The tensor in its shape, fp32."""
         shape = self.places[name][2]

@@ -30,8 +30,8 @@ def train_on_this_rank(recipe: dict) -> None:
     train(config.from_dict(recipe))
 
 
-def train_plainly(recipe: config.Recipe) -> tuple[list[float], dict, dict]:
-    """The recipe in one process without DeepSpeed: losses, weights and their average."""
+def train_plainly(recipe: config.Recipe) -> tuple[list[float], list[float], dict, dict]:
+    """The recipe in one process without DeepSpeed: losses, gradient norms, weights and their average."""
     from rf_train import data
     from rf_train.model import CausalWan
     from rf_train.resampling import make_history, training_loss
@@ -43,7 +43,7 @@ def train_plainly(recipe: config.Recipe) -> tuple[list[float], dict, dict]:
     o = recipe.optimizer
     optimizer = torch.optim.AdamW(model.parameters(), betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay)
     average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    losses = []
+    losses, norms = [], []
     for step, batches in data.steps(recipe, datasets, 0, 0, 1):
         _, stage, inside = recipe.stage_at(step)
         optimizer.param_groups[0]["lr"] = learning_rate(stage, inside)
@@ -53,14 +53,14 @@ def train_plainly(recipe: config.Recipe) -> tuple[list[float], dict, dict]:
             loss = training_loss(model, batch.x, batch.text, history, batch.draws, recipe.flow, stage, model.chunking).loss / len(batches)
             loss.backward()
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip).item())
         optimizer.step()
         optimizer.zero_grad()
         decay = min(o.ema, (2 + step) / (11 + step))
         for name, parameter in model.named_parameters():
             average[name].lerp_(parameter.detach(), 1 - decay)
         losses.append(total)
-    return losses, dict(model.named_parameters()), average
+    return losses, norms, dict(model.named_parameters()), average
 
 
 def losses_of(run: Path) -> list[float]:
@@ -79,7 +79,7 @@ def two_rank_run(tmp_path_factory):
 def test_two_zero3_ranks_equal_one_process_without_deepspeed(two_rank_run, tmp_path):
     """Losses through all stages to 1e-4 relative; weights and their average too."""
     data, run = two_rank_run
-    losses, weights, average = train_plainly(config.from_dict(recipe_dict(data, tmp_path)))
+    losses, _, weights, average = train_plainly(config.from_dict(recipe_dict(data, tmp_path)))
     assert len(losses) == 8 and losses[-1] != losses[0]
     torch.testing.assert_close(torch.tensor(losses_of(run)), torch.tensor(losses), rtol=1e-4, atol=0)
     folder = checkpoint.latest(run)
@@ -140,7 +140,7 @@ def count_gathers_on_this_rank(recipe: dict) -> dict:
     recipe = config.from_dict(recipe)
     rank, world, device = distributed.start()
     datasets = data.open_datasets(recipe)
-    engine = distributed.build_engine(recipe, device, world, 1)
+    engine = distributed.build_engine(recipe, device, world)
     stage, model = recipe.stages[1], engine.module
     batch = data.step_batches(recipe, datasets, 0, rank, world)[0]
     import deepspeed

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rf_train import config
+from rf_train import config, flow
 from rf_train.chunks import Attention
 from rf_train.randomness import draw
 from rf_train.resampling import make_history, training_loss
@@ -70,6 +70,27 @@ def test_the_loss_is_the_mean_over_chunks_of_the_velocitys_error(tiny_model):
     result = training_loss(model, x, text, history, draws, SETTINGS, config.Stage(), model.chunking)
     torch.testing.assert_close(result.by_chunk, torch.stack(by_chunk, dim=1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(result.loss, torch.stack(by_chunk).mean(), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_missing_frames_leave_no_trace_in_the_loss(tiny_model):
+    """The loss of a clip whose last chunks are missing is that of the shorter clip; so it is when a chunk is there in part."""
+    model = tiny_model()
+    x, text, draws = clip_and_draws(model, 9)
+    history, _ = make_history(model, x, text, draws, config.Stage(history="clean"), model.chunking)
+    whole = training_loss(model, x, text, history, draws, SETTINGS, config.Stage(), model.chunking)
+    present = torch.ones(2, 9, dtype=torch.bool)
+    present[1, 6:] = False
+    x[1, :, 6:] = float("nan")  # what is missing may be anything
+    draws.noise[1, :, 6:] = 0.0
+    history = history.clone()
+    result = training_loss(model, x.nan_to_num(7.0), text, history, draws, SETTINGS, config.Stage(), model.chunking, present)
+    torch.testing.assert_close(result.by_chunk[0], whole.by_chunk[0])
+    torch.testing.assert_close(result.by_chunk[1, :2], whole.by_chunk[1, :2])
+    torch.testing.assert_close(result.loss, (whole.by_chunk[0].mean() + whole.by_chunk[1, :2].mean()) / 2)
+    present[0, 1] = False
+    by_frame = torch.arange(18.0).view(2, 9)
+    assert flow.mean_over_chunks(by_frame, [3, 3, 3], present).tolist() == [[1.0, 4.0, 7.0], [10.0, 13.0, 0.0]]
 
 
 @torch.no_grad()
