@@ -68,7 +68,7 @@ def train(recipe: config.Recipe) -> None:
             if len(skipped) >= recipe.optimizer.max_skipped:
                 raise RuntimeError(not_finite(step, skipped, checkpoint.latest(out)))
             done = step + 1
-            if done in ends or (done % recipe.run.save_every == 0 and not skipped):
+            if (done in ends or done % recipe.run.save_every == 0) and (not skipped or done == recipe.steps):
                 saved = checkpoint.save(out, done, shards)
                 if rank == 0:
                     checkpoint.prune(out, recipe.run.keep, ends)

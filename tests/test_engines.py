@@ -5,6 +5,7 @@ Losses are compared to 1e-4 relative in fp32; the clips and random numbers of ev
 
 import hashlib
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,267 @@ def test_every_engine_makes_the_same_run(plain_run, tmp_path, name):
         given = [rank[step] for rank in told[::sequence]]
         assert sum(len(rank) for rank in given) == len(clips)
         assert {name: value for rank in given for name, value in rank.items()} == clips, step
+
+
+def spread_on_this_rank(heads: int, world: int) -> dict:
+    """The model's passes with and without sequence parallelism on this rank: largest differences of velocity, cached velocity and averaged gradient."""
+    import torch.distributed as dist
+
+    from rf_train import distributed
+    from rf_train.chunks import Attention
+    from rf_train.model import CausalWan
+    from tests.conftest import randomise
+    from tests.test_model import cached_pass, parallel_pass, random_clip
+
+    distributed.start()
+    model = CausalWan(tiny_settings(dim=12 * heads, heads=heads, ffn_dim=64, checkpointing="selective"))
+    randomise(model)
+    x, t, text = random_clip(11, 1, model.settings, height=8, width=2 * world)
+    history = random_clip(11, 1, model.settings, 8, 2 * world, seed=2)[0]
+    sequence, found = distributed.Sequence(world), {}
+    for sight in (Attention(), Attention("window", window=1, sink=1), Attention("routed", k=1)):
+        velocities, gradients = [], []
+        for spread in (None, sequence):
+            model.sequence = spread
+            model.zero_grad()
+            velocities.append(parallel_pass(model, x, history, t, text, sight))
+            velocities[-1].square().mean().backward()
+            gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+        dist.all_reduce(gradients[1])
+        with torch.no_grad():
+            cached = cached_pass(model, x, history, t, text, sight)
+        scale = gradients[0].abs().max()
+        for name, one, other in (("velocity", *velocities), ("cached", velocities[0], cached), ("gradient", gradients[0] / scale, gradients[1] / world / scale)):
+            found[name] = max(found.get(name, 0.0), (one - other).abs().max().item())
+    cache = model.new_cache(1, 4 * world, 11)
+    return {**found, "cache_heads": cache.layers[0].k.shape[1]}
+
+
+@pytest.mark.parametrize("heads, ranks", [(12, 2), (12, 3), (12, 4), (12, 6), (40, 8)])
+def test_sequence_parallel_passes_equal_plain_ones(heads, ranks):
+    for result in run_distributed(spread_on_this_rank, ranks, heads=heads, world=ranks):
+        assert result["velocity"] <= 2e-5 and result["cached"] <= 2e-5 and result["gradient"] <= 1e-5, result
+        assert result["cache_heads"] == heads // ranks
+
+
+def count_passes_on_this_rank(recipe: dict, held: bool) -> dict:
+    """Gathers of five steps (elements and how they came about), and whether the training pass kept its trace."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+    from deepspeed.utils import z3_leaf_module
+
+    from rf_train import distributed
+    from rf_train.resampling import make_history, training_loss
+
+    recipe = config.from_dict(recipe)
+    rank, world, device = distributed.start()
+    datasets = data.open_datasets(recipe)
+    engine = distributed.build_engine(recipe, device, world)
+    stage, chunking = recipe.stages[3], engine.module.chunking
+    counts = {"ahead": 0, "at once": 0, "invalidated": 0, "recording": 0}
+    gather, invalidate, fetch = Coordinator._PartitionedParameterCoordinator__all_gather_params, Coordinator._invalidate_trace, Coordinator.fetch_sub_module
+    asked = []
+
+    def watched_fetch(self, module, forward):
+        asked.append({id(p) for p in module.parameters(recurse=z3_leaf_module(module))})
+        counts["recording"] += self.is_record_trace()
+        try:
+            return fetch(self, module, forward)
+        finally:
+            asked.pop()
+
+    def watched_gather(self, params, forward):
+        own = all(id(p) in asked[-1] for p in params)
+        counts["at once" if own else "ahead"] += 1
+        return gather(self, params, forward)
+
+    def watched_invalidate(self):
+        counts["invalidated"] += 1
+        return invalidate(self)
+
+    Coordinator.fetch_sub_module = watched_fetch
+    Coordinator._PartitionedParameterCoordinator__all_gather_params = watched_gather
+    Coordinator._invalidate_trace = watched_invalidate
+    told, losses = [], []
+    for step in range(6):
+        batch = data.step_batches(recipe, datasets, step, rank, world)[0]
+        with distributed.rollout_model(engine, held) as model:
+            history, _ = make_history(model, batch.x, batch.text, batch.draws, stage, chunking)
+        rollout = dict(counts)
+        result = training_loss(distributed.EngineModel(engine), batch.x, batch.text, history, batch.draws, recipe.flow, stage, chunking)
+        engine.backward(result.loss)
+        engine.step()
+        losses.append(result.loss.item())
+        told.append({name: counts[name] - rollout[name] for name in counts})
+        counts.update(dict.fromkeys(counts, 0))
+    return {"steps": told, "losses": losses}
+
+
+def test_a_held_rollout_leaves_trainings_trace_and_prefetch_alone(plain_run, tmp_path):
+    folder = plain_run[0]
+    held, plain = (run_distributed(count_passes_on_this_rank, 2, recipe=recipe_dict(folder, tmp_path), held=held) for held in (True, False))
+    for with_it, without in zip(held, plain):
+        for step in with_it["steps"][2:]:  # from the third step on
+            assert step["invalidated"] == 0 and step["recording"] == 0, with_it
+            assert step["ahead"] > 0, with_it
+        assert any(step["invalidated"] or step["recording"] for step in without["steps"][2:]), without  # what holding avoids
+        torch.testing.assert_close(torch.tensor(with_it["losses"]), torch.tensor(without["losses"]), rtol=0, atol=1e-6)
+
+
+def train_with_damage(recipe: dict, rank_with_nan: int, steps: list[int]) -> None:
+    """Trains; the loss of one rank is NaN at the given 0-based steps."""
+    import os
+
+    from rf_train import train as trainer
+
+    make, current = trainer.training_loss, []
+
+    def broken(*arguments):
+        result = make(*arguments)
+        if int(os.environ["RANK"]) == rank_with_nan and current[-1] in steps:
+            result.loss = result.loss * float("nan")
+            result.by_chunk[:] = float("nan")
+        return result
+
+    train_step = trainer.train_step
+    trainer.training_loss = broken
+    trainer.train_step = lambda engine, step, *rest: (current.append(step), train_step(engine, step, *rest))[1]
+    try:
+        trainer.train(config.from_dict(recipe))
+    except RuntimeError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("run", [{}, {"deepspeed": "ds_configs/zero2.json"}, {"precision": "bf16"}, {"precision": "bf16", "deepspeed": "ds_configs/zero2.json"}], ids=str)
+def test_a_nan_on_one_rank_skips_the_step_on_all_and_training_goes_on(plain_run, tmp_path, run):
+    folder, losses, _, _ = plain_run
+    recipe = recipe_dict(folder, tmp_path, **run)
+    recipe["stages"] = recipe["stages"][:1]
+    said = run_distributed(train_with_damage, 2, recipe=recipe, rank_with_nan=1, steps=[2])
+    assert said == [None, None]
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 0, 0, 0, 0, 0] and rows[2]["clips_not_finite"] == 2 and rows[3]["clips_not_finite"] == 0
+    manifest = checkpoint.verified(checkpoint.latest(tmp_path))
+    assert manifest["optimizer_steps"] == manifest["average_steps"] == 7
+    assert all(tensor.isfinite().all() for kind in checkpoint.KINDS for tensor in checkpoint.read_weights(checkpoint.latest(tmp_path), kind).values())
+    if not run:
+        torch.testing.assert_close(torch.tensor([row["loss"] for row in rows[:2]]), torch.tensor(losses[:2]), rtol=1e-4, atol=0)
+        assert rows[2]["loss"] is not None and rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_ten_in_a_row_stop_the_run_with_the_clips_named_and_nothing_saved(plain_run, tmp_path):
+    folder = plain_run[0]
+    recipe = recipe_dict(folder, tmp_path, save_every=2)
+    said = run_distributed(train_with_damage, 2, recipe=recipe, rank_with_nan=1, steps=list(range(5, 40)))
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert len(rows) == 15 and [row["skipped"] for row in rows] == [0] * 5 + [1] * 10
+    given = {name for step in range(5, 15) for batch in data.step_batches(config.from_dict(recipe), data.open_datasets(config.from_dict(recipe)), step, 1, 2) for name in batch.ids}
+    for text in said:
+        assert text.startswith("step 15: 10 steps in a row") and "step-00000004" in text
+        assert all(name in text for name in given)
+    assert checkpoint.latest(tmp_path).name == "step-00000004"  # neither every second step nor the first stage's end, all of them skipped
+
+
+def average_on_this_rank(recipe: dict) -> float:
+    """The largest difference, after 50 steps, of the sharded average from one kept in fp32 on gathered weights."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from rf_train.train import train
+
+    kept, update = {}, checkpoint.Shards.update_average
+
+    def both(self):
+        update(self)
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
+        for name, parameter in self.engine.module.named_parameters():
+            whole = safe_get_full_fp32_param(parameter)
+            kept.setdefault(name, self_start[name].clone()).lerp_(whole, 1 - decay)
+
+    self_start, make = {}, checkpoint.Shards.__init__
+
+    def start(self, engine, decay):
+        make(self, engine, decay)
+        self_start.update({name: safe_get_full_fp32_param(parameter).clone() for name, parameter in engine.module.named_parameters()})
+
+    checkpoint.Shards.update_average, checkpoint.Shards.__init__ = both, start
+    recipe = config.from_dict(recipe)
+    train(recipe)
+    ours = checkpoint.read_weights(checkpoint.latest(Path(recipe.run.out)), "ema")
+    moved = max((kept[name] - self_start[name]).abs().max().item() for name in kept)
+    assert kept.keys() == ours.keys() and moved > 1e-2
+    return max((ours[name] - kept[name].view_as(ours[name])).abs().max().item() for name in kept)
+
+
+@pytest.mark.parametrize("run", [{}, {"precision": "bf16"}, {"deepspeed": "ds_configs/zero2.json"}], ids=str)
+def test_the_sharded_average_is_a_plain_one(plain_run, tmp_path, run):
+    recipe = recipe_dict(plain_run[0], tmp_path, **run)
+    recipe["stages"] = [{**recipe["stages"][0], "steps": 50}]
+    assert max(run_distributed(average_on_this_rank, 2, recipe=recipe)) <= 1e-7
+
+
+def disagreeing_on_this_rank(recipe: dict, changed: dict) -> str:
+    import os
+
+    from rf_train.train import train
+
+    if os.environ["RANK"] == "1":
+        recipe = {**recipe, **{section: {**recipe[section], **values} for section, values in changed.items()}}
+    try:
+        train(config.from_dict(recipe))
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_ranks_that_disagree_on_the_number_of_chunks_stop_at_once(plain_run, tmp_path, held):
+    folder = plain_run[0]
+    recipe, begin = recipe_dict(folder, tmp_path, held=held), time.perf_counter()
+    said = run_distributed(disagreeing_on_this_rank, 2, timeout=90, recipe=recipe, changed={"model": {"chunk": 2, "first_chunk": 2}})
+    assert time.perf_counter() - begin < 60
+    assert said == ["step 1: ranks disagree on chunks: 3 on rank 0, 5 on rank 1; all must read the same recipe and data"] * 2
+    said = run_distributed(disagreeing_on_this_rank, 2, timeout=90, recipe=recipe, changed={"run": {"seed": 5}})
+    assert said == ["at the start: ranks disagree on seed: 4 on rank 0, 5 on rank 1; all must read the same recipe and data"] * 2
+
+
+@pytest.mark.parametrize("before, after", [(({}, 2), ({"deepspeed": "ds_configs/zero2.json"}, 4)), (({"deepspeed": "ds_configs/zero2.json"}, 2), ({}, 1))], ids=["3 to 2", "2 to 3"])
+def test_a_run_goes_on_under_another_stage_and_number_of_ranks(plain_run, tmp_path, before, after):
+    folder, losses, _, _ = plain_run
+    first = recipe_dict(folder, tmp_path / "first", **before[0])
+    first["stages"] = first["stages"][:1]
+    run_distributed(train_and_tell, before[1], recipe=first)
+    whole = recipe_dict(folder, tmp_path / "second", **after[0])
+    whole["start"], whole["stages"] = {"run": str(tmp_path / "first")}, whole["stages"][:2]
+    run_distributed(train_and_tell, after[1], recipe=whole)
+    again = recipe_dict(folder, tmp_path / "third", **before[0])
+    again["start"], again["stages"] = whole["start"], whole["stages"]
+    run_distributed(train_and_tell, before[1], recipe=again)
+    assert len(losses_of(tmp_path / "second")) == 9
+    torch.testing.assert_close(torch.tensor(losses_of(tmp_path / "second")), torch.tensor(losses_of(tmp_path / "third")), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    "there, message",
+    [
+        ({"gradient_clipping": 0.5}, "gradient_clipping is 0.5 there, but 1.0 in the recipe: optimizer.clip"),
+        ({"train_batch_size": 32}, "train_batch_size is 32 there, but 4 in the recipe: stages.0.batch"),
+        ({"train_micro_batch_size_per_gpu": 3}, "train_micro_batch_size_per_gpu is 3 there, but 1 in the recipe: optimizer.micro_batch"),
+        ({"gradient_accumulation_steps": 7}, "gradient_accumulation_steps is 7 there, but 2 in the recipe"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled is true there, but run.precision=auto on cpu makes it false"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled is true there"),
+        ({"optimizer": {"type": "Adam", "params": {"lr": 0.1}}}, 'optimizer is .*"lr": 0.1.* there, but the recipe decides it .AdamW, lr 0.002'),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size is 2 there, but the recipe decides it .run.sequence=1"),
+        ({"zero_optimization": {"stage": 1}}, "stage is 1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_json_that_contradicts_the_recipe_is_refused_with_both_values(plain_run, tmp_path, there, message):
+    from rf_train.distributed import engine_settings
+
+    settings = {"zero_optimization": {"stage": 3}, **there}
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    recipe = config.from_dict(recipe_dict(plain_run[0], tmp_path, deepspeed=str(tmp_path / "ds.json")))
+    with pytest.raises(ValueError, match=message):
+        engine_settings(recipe, torch.device("cpu"), 2)
+    agreeing = {"zero_optimization": {"stage": 3}, "gradient_clipping": 1.0, "train_batch_size": 4, "bf16": {"enabled": False}, "gradient_accumulation_steps": "auto"}
+    (tmp_path / "ds.json").write_text(json.dumps(agreeing))
+    assert engine_settings(recipe, torch.device("cpu"), 2)["gradient_accumulation_steps"] == 2
