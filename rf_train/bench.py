@@ -1,7 +1,7 @@
 """Where the project's measurements live:  python -m rf_train.bench NAME
 
 Each prints a table for people and, as its last line, one JSON object with the same figures. What is compared is measured in turn in one
-run, and figures are ratios of medians, since machines are noisy. NAME: attention, model, step.
+run, and figures are ratios of medians, since machines are noisy. NAME: attention, model, step, rollout.
 """
 
 import argparse
@@ -220,7 +220,50 @@ def bench_step(options) -> tuple[list[str], dict]:
     return lines, figures
 
 
-BENCHES = {"attention": bench_attention, "model": bench_model, "step": bench_step}
+def bench_rollout(options) -> tuple[list[str], dict]:
+    """A sharded rollout with parameters held against one that gathers them in every pass, and the training pass after each. Run it under a launcher."""
+    import torch.distributed as dist
+
+    from rf_train import distributed
+
+    rank, world, where = distributed.start()
+    settings = config.Model(dim=256, ffn_dim=1024, heads=4, layers=8, text_dim=64, text_len=64)
+    recipe = config.Recipe(model=settings, stages=(config.Stage(batch=world),))
+    chunks = min(options.chunks, 7)
+    x, text = torch.randn(1, 16, 3 * chunks, 16, 16, device=where), torch.randn(1, settings.text_len, settings.text_dim, device=where)
+    draws = draw(0, 0, ["a"], tuple(x.shape[1:]), chunks).to(where)
+    seconds: dict[str, list[float]] = {}
+    engines = {name: distributed.build_engine(recipe, where, world) for name in ("held", "plain")}
+    losses = {}
+    for turn in range(options.rounds + 3):  # the first three settle ZeRO-3's trace
+        for name, engine in engines.items():
+            dist.barrier()
+            begin = time.perf_counter()
+            with distributed.rollout_model(engine, name == "held") as model:
+                history, _ = make_history(model, x, text, draws, recipe.stages[0], engine.module.chunking)
+            between = time.perf_counter()
+            result = training_loss(distributed.EngineModel(engine), x, text, history, draws, recipe.flow, recipe.stages[0], engine.module.chunking)
+            engine.backward(result.loss)
+            engine.step()
+            end = time.perf_counter()
+            losses.setdefault(name, []).append(result.loss.item())
+            if turn >= 3:
+                seconds.setdefault(f"{name} rollout", []).append(between - begin)
+                seconds.setdefault(f"{name} training", []).append(end - between)
+    middle = {name: median(values) for name, values in seconds.items()}
+    figures = {
+        "bench": "rollout", "device": str(where), "ranks": world, "chunks": chunks,
+        "rollout_plain_over_held": middle["plain rollout"] / middle["held rollout"], "training_plain_over_held": middle["plain training"] / middle["held training"],
+        "largest_difference_of_loss": max(abs(a - b) for a, b in zip(*losses.values())),
+    }  # fmt: skip
+    lines = [f"a rollout of {chunks} chunks and the training pass after it, {settings.layers} blocks, ZeRO-3 on {world} ranks"]
+    for name in engines:
+        lines.append(f"  {name:<6} rollout {middle[name + ' rollout'] * 1e3:8.1f} ms, training pass {middle[name + ' training'] * 1e3:8.1f} ms")
+    lines.append(f"  plain takes {figures['rollout_plain_over_held']:.2f} x as long for the rollout; losses differ by {figures['largest_difference_of_loss']:.1e} at most")
+    return (lines, figures) if rank == 0 else ([], {})
+
+
+BENCHES = {"attention": bench_attention, "model": bench_model, "step": bench_step, "rollout": bench_rollout}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -232,12 +275,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--side", type=int, default=8, help="model, step: a latent frame is side x side tokens")
     parser.add_argument("--frames", type=int, default=3, help="model: latent frames a chunk")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the launcher
     options = parser.parse_args(arguments)
     lines, figures = BENCHES[options.name](options)
-    print("\n".join(lines))
-    print(json.dumps(figures))
+    if figures:
+        print("\n".join([*lines, json.dumps(figures)]), flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # ranks leave without taking gloo apart, as in rf_train.train

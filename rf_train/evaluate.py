@@ -5,18 +5,23 @@ training clip. Written to RUN/evaluation: `evaluation.json`, and the videos, tru
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from data_prep.video import write_video
-from rf_train import checkpoint
+from rf_train import checkpoint, config, flow
 from rf_train.data import Latents
 from rf_train.generate import Generator, open_run
+from rf_train.model import pad_text
+from rf_train.randomness import Draws, draw
+from rf_train.resampling import make_history
 
 # What is measured: (name, better, what it says)
 FIGURES = {
@@ -122,6 +127,40 @@ def evaluate(generator: Generator, dataset: Latents, clips: int, given_chunks: i
     }  # fmt: skip
 
 
+@torch.no_grad()
+def solver_distance(model, stage: config.Stage, solver_steps: int, x: Tensor, text: Tensor, draws: Draws) -> dict[str, Tensor]:
+    """How far training's history is from the one that a finer solver makes from the same noise: rms by clip and chunk, each [B, N - 1].
+
+    "solver": x~ of `stage.solver_steps` Euler steps to x~ of `solver_steps`; "truth" and "truth_fine": each of the two to the clean clip.
+    """
+    stage = dataclasses.replace(stage, history="autoregressive")
+    ours, fine = (make_history(model, x, text, draws, dataclasses.replace(stage, solver_steps=steps), model.chunking)[0] for steps in (stage.solver_steps, solver_steps))
+    sizes, clean = model.chunking.sizes(x.shape[2])[:-1], x[:, :, : ours.shape[2]]
+
+    def distance(one: Tensor, other: Tensor) -> Tensor:
+        return flow.mean_over_chunks((one - other).square().mean(dim=(1, 3, 4)), sizes).sqrt()
+
+    return {"solver": distance(ours, fine), "truth": distance(ours, clean), "truth_fine": distance(fine, clean)}
+
+
+def evaluate_history(generator: Generator, dataset: Latents, clips: int, batch: int, seed: int) -> dict | None:
+    """`solver_distance` over the dataset's clips, cut to the trained length, by the last stage's settings; None when that is a single chunk."""
+    if generator.trained_chunks < 2:
+        return None
+    recipe, frames, found = generator.recipe, min(generator.trained_frames, dataset.card["latent"]["frames"]), []
+    stage, steps = recipe.stages[-1], recipe.flow.sampling_steps
+    for begin in range(0, min(clips, len(dataset)), batch):
+        indices = range(begin, min(begin + batch, clips, len(dataset)))
+        samples = [dataset.read(index, frames) for index in indices]
+        x = torch.stack([latent for latent, _, _ in samples])
+        text = pad_text([text for _, text, _ in samples], recipe.model)
+        draws = draw(seed, 0, [f"evaluation {dataset.places[index][1]}" for index in indices], tuple(x.shape[1:]), generator.trained_chunks)
+        device = generator.device
+        found.append(solver_distance(generator.model, stage, steps, x.to(device), text.to(device), draws.to(device)))
+    by_chunk = {name: torch.cat([part[name] for part in found]).double().mean(0).tolist() for name in found[0]}
+    return {"solver_steps": stage.solver_steps, "fine_solver_steps": steps, "s": stage.s, **by_chunk}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rf_train.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("run")
@@ -154,7 +193,8 @@ def main(arguments: list[str] | None = None) -> int:
             out.mkdir(parents=True, exist_ok=True)
             done.unlink(missing_ok=True)
             result = evaluate(generator, dataset, options.clips, options.given_chunks, options.batch, options.seed, out, options.videos)
-            checkpoint.write_json(done, {"request": request, **result})
+            history = evaluate_history(generator, dataset, options.clips, options.batch, options.seed)
+            checkpoint.write_json(done, {"request": request, **result, "history": history})
         print(table(json.loads(done.read_text())))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -168,6 +208,12 @@ def table(result: dict) -> str:
     lines = [f"{'step ' + str(result['step']):<18}" + "".join(f"{head:>20}" for head in heads)]
     for name, cells in result["figures"].items():
         lines.append(f"{name:<18}" + "".join(f"{cell['mean']:>11.3f} ± {cell['std']:<6.3f}" for cell in cells))
+    if result.get("history"):
+        h = result["history"]
+        lines.append(f"training's history (x~, s = {h['s']:g}), rms by chunk:")
+        lines.append(f"  {h['solver_steps']} solver step(s) to {h['fine_solver_steps']}    " + " ".join(f"{value:.3f}" for value in h["solver"]))
+        lines.append("  to the truth            " + " ".join(f"{value:.3f}" for value in h["truth"]))
+        lines.append("  the fine one's          " + " ".join(f"{value:.3f}" for value in h["truth_fine"]))
     return "\n".join(lines)
 
 

@@ -41,6 +41,7 @@ class RunRecord:
         self.name = self.folder.resolve().name
         self.recipe = config.from_dict(yaml.safe_load((self.folder / "recipe.yaml").read_text()))
         self.rows = read_metrics(self.folder / "metrics.jsonl")
+        self.rows = [row for row in self.rows if row["loss"] is not None]  # steps that were skipped whole
         if not self.rows:
             raise ValueError(f"{folder}: its metrics.jsonl holds no steps yet")
         path = self.folder / "evaluation" / "evaluation.json"
@@ -82,21 +83,53 @@ def loss_plot(runs: list[RunRecord]) -> str:
 
 
 def chunk_plot(runs: list[RunRecord]) -> str:
-    """Loss and history error by chunk position, over the last fifth of each run's last stage."""
-    figure, (left, right) = _figure(10, 3.0, columns=2)
+    """Loss and history error by chunk position, loss by noise level and the levels t_s, over the last fifth of each run's last stage."""
+    figure, ((left, right), (by_t, levels)) = _figure(10, 6.0, columns=2, rows=2)
     for run, colour in zip(runs, COLOURS):
         last = [row for row in run.rows if row["stage"] == run.rows[-1]["stage"]]
         last = last[-max(1, len(last) // 5) :]
         for axes, key in ((left, "loss_by_chunk"), (right, "history_error_by_chunk")):
-            mean = np.mean([row[key] for row in last], axis=0)
+            mean = means([row[key] for row in last])
             axes.plot(np.arange(1, len(mean) + 1), mean, color=colour, marker="o", markersize=3, label=run.name)
+        if "loss_by_t" in last[-1]:
+            mean = means([row["loss_by_t"] for row in last])
+            middle = (np.arange(len(mean)) + 0.5) / len(mean)
+            by_t.plot(middle, mean, color=colour, marker="o", markersize=3)
+            counts = np.sum([row["t_s_histogram"] for row in last], axis=0)
+            levels.plot(middle, counts * len(counts) / max(counts.sum(), 1), color=colour, drawstyle="steps-mid")
     left.set(xlabel="chunk", ylabel="loss", title="loss by chunk")
     right.set(xlabel="chunk", ylabel="rms of x\u0303 - x", title="how far training's history is from the truth")
-    for axes in (left, right):
+    by_t.set(xlabel="noise level t", ylabel="loss", title="loss by noise level")
+    levels.set(xlabel="t_s", ylabel="density", title="levels that history was resampled from")
+    for axes in (left, right, by_t, levels):
         axes.set_ylim(0, 1.1 * max(axes.get_ylim()[1], 1e-3))
+    for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
     right.legend(frameon=False)
+    figure.tight_layout()
     return svg(figure)
+
+
+def means(rows: list[list]) -> np.ndarray:
+    """Means by position of rows of numbers, in which None is nothing measured."""
+    with np.errstate(invalid="ignore"):
+        values = np.array(rows, dtype=float)
+        return np.nansum(values, axis=0) / np.isfinite(values).sum(axis=0)
+
+
+def history_table(runs: list[RunRecord]) -> str:
+    """How far the history that training reads is from what a fine solver would make, by chunk."""
+    rows = []
+    for run in runs:
+        h = run.evaluation.get("history")
+        if h:
+            for key, text in (("solver", f"{h['solver_steps']} solver step(s) to {h['fine_solver_steps']}"), ("truth", f"{h['solver_steps']} step(s) to the truth"), ("truth_fine", f"{h['fine_solver_steps']} steps to the truth")):
+                rows.append([f"{run.name}: {text}"] + [f"{value:.3f}" for value in h[key]])
+    if not rows:
+        return ""
+    width = max(len(row) for row in rows)
+    note = "<p>The history that training reads, made from held-out clips with the trained weights: root mean square distances by chunk.</p>"
+    return note + _table(["x\u0303"] + [f"chunk {n}" for n in range(1, width)], [row + [""] * (width - len(row)) for row in rows])
 
 
 def quality_plot(runs: list[RunRecord]) -> str:
@@ -227,7 +260,7 @@ def page(runs: list[RunRecord]) -> str:
             "Mean ± standard deviation over clips.</p>",
             quality_plot(comparable), quality_table(comparable),
             "<ul>" + "".join(f"<li><b>{name.replace('_', ' ')}</b>: {html.escape(text)}.</li>" for name, (_, text) in FIGURES.items()) + "</ul>",
-            "<h2>The videos</h2>", clip_grid(comparable),
+            history_table(comparable), "<h2>The videos</h2>", clip_grid(comparable),
         ]  # fmt: skip
     for run in evaluated:
         if run not in comparable:

@@ -85,6 +85,7 @@ def test_generation_from_text_and_from_a_videos_first_frames_longer_than_the_tra
 def test_evaluation_and_the_report(walked):
     here, _ = walked
     printed = succeed("rf_train.evaluate", "runs/r", "--clips", "2", "--given-chunks", "1", "--batch", "1", folder=here)
+    assert "solver step(s)" in printed
     assert "colour_distance" in printed
     result = json.loads((here / "runs/r/evaluation/evaluation.json").read_text())
     assert result["clips"] == 2 and len(result["figures"]["psnr"]) == 2
@@ -106,7 +107,7 @@ def test_from_wan_weights_through_wans_codec_and_umt5_and_back_to_diffusers(wan_
     succeed("data_prep.draw", "videos", "--videos", 4, "--frames", 33, "--size", "32x48", folder=tmp_path)
     succeed("data_prep.encode", "videos", "data", "--size", "32x48", "--frames", 33, "--codec", f"wan:{wan_folder}", "--text", f"umt5:{umt5_folder}", "--samples-per-shard", 4, folder=tmp_path)
     recipe = ["wan_1.3b", "data.train=data", "run.out=runs/w", "start.weights=transformer", "model.text_dim=16", "model.freq_dim=32", *TINY[:4], "optimizer.micro_batch=1", "flow.sampling_steps=2"]
-    stages = [f"stages.{i}.{key}" for i in range(4) for key in ("steps=1", "batch=2", "data=data")]
+    stages = [f"stages.{i}.{key}" for i in range(4) for key in ("steps=1", "batch=2", "data=data", "frames=0")]
     succeed("rf_train.train", *recipe, *stages, "stages.3.k=1", folder=tmp_path, launcher=True)
     succeed("rf_train.generate", "runs/w", "w.mp4", "--prompt", "a red circle", "--seconds", "3", folder=tmp_path)
     assert len(frames_of(tmp_path / "w.mp4")) == 48

@@ -2,8 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
-from rf_train.evaluate import compare, pixels_of, segments
+from rf_train import config
+from rf_train.evaluate import compare, pixels_of, segments, solver_distance
+from rf_train.randomness import draw
+from rf_train.resampling import make_history
+from tests.conftest import random_clip
 
 
 def world(frames=8, colour=(200, 40, 40), side=8, shift=0):
@@ -46,3 +51,19 @@ def test_segments_cover_what_was_made(frames, given, length, expected):
 
 def test_latent_spans_in_video_frames():
     assert pixels_of((0, 21)) == slice(0, 81) and pixels_of((21, 42)) == slice(81, 165) and pixels_of((6, 7)) == slice(21, 25)
+
+
+@torch.no_grad()
+def test_the_distance_of_the_one_step_history_from_the_fine_one(tiny_model):
+    """Against two histories made here; equal solvers are at no distance."""
+    model = tiny_model()
+    x, _, text = random_clip(9, 2, model.settings)
+    draws, stage = draw(0, 0, ["a", "b"], tuple(x.shape[1:]), 3), config.Stage(history="clean", s=3.0)
+    found = solver_distance(model, stage, 8, x, text, draws)
+    one, fine = (make_history(model, x, text, draws, config.Stage(s=3.0, solver_steps=n), model.chunking)[0] for n in (1, 8))
+    for chunk in range(2):
+        part = slice(3 * chunk, 3 * chunk + 3)
+        for name, a, b in (("solver", one, fine), ("truth", one, x), ("truth_fine", fine, x)):
+            expected = (a - b[:, :, :6])[:, :, part].square().mean(dim=(1, 2, 3, 4)).sqrt()
+            torch.testing.assert_close(found[name][:, chunk], expected)
+    assert found["solver"].min() > 1e-3 and not solver_distance(model, stage, 1, x, text, draws)["solver"].any()
