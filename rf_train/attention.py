@@ -167,6 +167,7 @@ def _cuda_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tupl
 
 def _cuda_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, rest: tuple) -> tuple[Tensor, Tensor, Tensor]:
     cum_q, cum_k, max_q, max_k, seed, offset = rest
+    log_sum = log_sum.contiguous()  # this kernel takes it to be packed
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(grad, q, k, v, out, log_sum, cum_q, cum_k, max_q, max_k, 0.0, False, seed, offset)
 
 

@@ -4,6 +4,7 @@ The same command goes on from the run's newest checkpoint; a finished run is lef
 """
 
 import argparse
+import json
 import logging
 import math
 import os
@@ -29,6 +30,7 @@ from rf_train.weights import WeightFiles
 def train(recipe: config.Recipe) -> None:
     """Runs all stages of `recipe` that its checkpoints don't hold already. Called on every rank."""
     rank, world, device = distributed.start()
+    check_same_recipe(recipe)
     sequence = recipe.run.sequence
     if world % sequence:
         raise ValueError(f"run.sequence={sequence} does not divide the {world} ranks")
@@ -40,7 +42,7 @@ def train(recipe: config.Recipe) -> None:
     engine = distributed.build_engine(recipe, device, world)
     shards = Shards(engine, recipe.optimizer.ema)
     first = restore(recipe, shards)
-    distributed.agree("at the start", steps_done=first, steps=recipe.steps, seed=recipe.run.seed)
+    distributed.agree("at the start", **{"steps that are done": first})
     chunks = max(len(engine.module.chunking.sizes(datasets[stage.data or recipe.data.train].frames(stage))) for stage in recipe.stages)
     with distributed.held(engine, blocks=None if recipe.run.held else 2) as model:
         self_test(model, chunks, [stage_attention(stage) for stage in recipe.stages])
@@ -75,6 +77,15 @@ def train(recipe: config.Recipe) -> None:
                 metrics.say(f"saved {saved}")
     finally:
         metrics.close()
+
+
+def check_same_recipe(recipe: config.Recipe) -> None:
+    """Raises ValueError, on every rank, that names the settings in which ranks differ."""
+    recipes = [json.loads(text) for text in distributed.gather_texts([json.dumps(config.to_dict(recipe))])]
+    for rank, other in enumerate(recipes):
+        found = changes(recipes[0], other)
+        if found:
+            raise ValueError(f"ranks disagree on the recipe: {'; '.join(f'{key} is {one!r} on rank 0, {two!r} on rank {rank}' for key, one, two in found)}")
 
 
 def not_finite(step: int, skipped: list[list[str]], saved: Path | None) -> str:
