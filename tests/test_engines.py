@@ -106,6 +106,14 @@ def test_every_engine_makes_the_same_run(plain_run, tmp_path, name):
         assert {name: value for rank in given for name, value in rank.items()} == clips, step
 
 
+@pytest.mark.parametrize("file", ["zero3", "zero2", "zero3_offload"])
+def test_in_bf16_losses_stay_near(plain_run, tmp_path, file):
+    """Weights and activations in bf16, all else in fp32: the same run to bf16's rounding."""
+    folder, losses, _, _ = plain_run
+    run_distributed(train_and_tell, 2, recipe=recipe_dict(folder, tmp_path, precision="bf16", deepspeed=f"ds_configs/{file}.json"))
+    torch.testing.assert_close(torch.tensor(losses_of(tmp_path)), torch.tensor(losses), rtol=0.03, atol=0)
+
+
 def spread_on_this_rank(heads: int, world: int) -> dict:
     """The model's passes with and without sequence parallelism on this rank: largest differences of velocity, cached velocity and averaged gradient."""
     import torch.distributed as dist
