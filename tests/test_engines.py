@@ -85,6 +85,28 @@ ENGINES = {
 }
 
 
+def count_attention_on_this_rank(recipe: dict) -> list[int]:
+    """How often each training pass, forward and backward, runs attention."""
+    from rf_train import attention, train
+
+    calls, meet, train.self_test = [], attention.meet, lambda *_: None
+    attention.meet = lambda *arguments: calls.append(1) or meet(*arguments)
+    train_and_tell(recipe)
+    return len(calls)
+
+
+@pytest.mark.parametrize("checkpointing, times", [("none", 1), ("block", 2), ("selective", 1)])
+def test_recomputation_under_zero3_changes_nothing(plain_run, tmp_path, checkpointing, times):
+    folder, losses, norms, _ = plain_run
+    recipe = recipe_dict(folder, tmp_path)
+    recipe["model"], recipe["stages"] = {**recipe["model"], "checkpointing": checkpointing}, recipe["stages"][:1]
+    calls = run_distributed(count_attention_on_this_rank, 2, recipe=recipe)
+    torch.testing.assert_close(torch.tensor(losses_of(tmp_path)), torch.tensor(losses[:8]), rtol=1e-4, atol=0)
+    found = [row["grad_norm"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(norms[:8]), rtol=1e-3, atol=0)
+    assert calls == [8 * 2 * 2 * times] * 2  # steps, micro-batches, blocks
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_every_engine_makes_the_same_run(plain_run, tmp_path, name):
     folder, losses, norms, draws = plain_run
