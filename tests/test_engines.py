@@ -15,7 +15,7 @@ from rf_train import checkpoint, config, data
 from rf_train.metrics import read_metrics
 from tests.conftest import tiny_settings, write_dataset
 from tests.distributed import run_distributed
-from tests.test_distributed import losses_of, train_plainly
+from tests.test_distributed import losses_of, rewound, train_plainly
 
 
 def recipe_dict(folder: Path, out: Path, **run) -> dict:
@@ -364,6 +364,19 @@ def test_ranks_that_disagree_on_the_number_of_chunks_stop_at_once(plain_run, tmp
     said = run_distributed(disagreeing_on_this_rank, 2, timeout=90, recipe=recipe, changed={"model": {"chunk": 2}, "run": {"seed": 5}}, frames=9)
     assert said == ["ranks disagree on the recipe: model.chunk is 3 on rank 0, 2 on rank 1; run.seed is 4 on rank 0, 5 on rank 1"] * 2
     assert time.perf_counter() - begin < 90
+
+
+@pytest.mark.parametrize("run", [{"deepspeed": "ds_configs/zero2.json"}, {"sequence": 2}, {"precision": "bf16"}, {"deepspeed": "ds_configs/zero3_offload.json"}], ids=str)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(plain_run, tmp_path, run):
+    recipe = recipe_dict(plain_run[0], tmp_path / "whole", save_every=4, **run)
+    recipe["stages"] = [{**stage, "steps": 4} for stage in recipe["stages"][:2]]
+    run_distributed(train_and_tell, 2, recipe=recipe)
+    rewound(tmp_path / "whole", tmp_path / "again", 4)
+    run_distributed(train_and_tell, 2, recipe={**recipe, "run": {**recipe["run"], "out": str(tmp_path / "again")}})
+    assert len(losses_of(tmp_path / "again")) == 8 and losses_of(tmp_path / "again") == losses_of(tmp_path / "whole")
+    for kind in checkpoint.KINDS:
+        ours, theirs = (checkpoint.read_weights(checkpoint.latest(tmp_path / name), kind) for name in ("again", "whole"))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), kind
 
 
 @pytest.mark.parametrize("before, after", [(({}, 2), ({"deepspeed": "ds_configs/zero2.json"}, 4)), (({"deepspeed": "ds_configs/zero2.json"}, 2), ({}, 1))], ids=["3 to 2", "2 to 3"])
