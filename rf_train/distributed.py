@@ -290,7 +290,7 @@ def use_masters(engine, mine: dict[str, Fragment], whole: Callable[[str], Tensor
 
 def agree(what: str, **figures: int) -> None:
     """Raises ValueError, on every rank, when ranks don't have the same figures; else they would wait for one another for ever."""
-    mine = torch.tensor(list(figures.values()), dtype=torch.int64, device=_device())
+    mine = torch.tensor(list(figures.values()), dtype=torch.int64, device=current_device())
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
     for position, name in enumerate(figures):
@@ -307,7 +307,7 @@ def gather_texts(mine: list[str]) -> list[str]:
     return [line for lines in everyone for line in lines]
 
 
-def _device() -> torch.device:
+def current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 

@@ -224,7 +224,7 @@ class CausalWan(nn.Module):
         tables = [rotary_table(start, frames, height, width, self.head_dim, x.device) for start, frames in frame_starts if frames]
         rotary = torch.cat(tables)
         if self.sequence is not None:
-            x = self.sequence.share(x, 2)
+            x = self.sequence.share(x, 2).contiguous()
             rotary = self.sequence.share(rotary.unflatten(0, (-1, tokens)), 1).flatten(0, 1)
         history_chunks, noisy_chunks = ([(index, frames * tokens) for index, frames in chunks] for chunks in chunk_lists)
         history_frames = frame_starts[0][1]

@@ -59,7 +59,7 @@ def train(recipe: config.Recipe) -> None:
             _, stage, inside = recipe.stage_at(step)
             distributed.set_accumulation(engine, stage, sequence)
             set_learning_rate(engine, stage, inside)
-            figures, bad = train_step(engine, step, [batch.to(device) for batch in batches], recipe, stage)
+            figures, bad = train_step(engine, step, batches, recipe, stage)
             if figures["skipped"]:
                 skipped.append(sorted(set(distributed.gather_texts(bad))))
                 metrics.say(f"step {step + 1}: skipped, its gradient is not finite; clips with such a loss: {', '.join(skipped[-1]) or 'none'}")
@@ -98,17 +98,18 @@ def not_finite(step: int, skipped: list[list[str]], saved: Path | None) -> str:
 
 
 def train_step(engine, step: int, batches: list[data.Batch], recipe: config.Recipe, stage: config.Stage) -> tuple[dict, list[str]]:
-    """One optimizer step over this rank's micro-batches: figures that are the same on every rank, and this rank's clips whose loss isn't finite.
+    """One optimizer step over this rank's micro-batches, moved to its device one by one: figures that are the same on every rank, and this rank's clips whose loss isn't finite.
 
     When any rank's gradient isn't finite, the step is skipped on all of them.
     """
     chunking = engine.module.chunking
-    device = batches[0].x.device
+    device = distributed.current_device()
     clip = batches[0].x.shape
     names = ("batch", "channels", "latent frames", "latent height", "latent width")
     distributed.agree(f"step {step + 1}", step=step, **{"micro-batches": len(batches)}, chunks=len(chunking.sizes(clip[2])), **dict(zip(names, clip)))
     sums, bad, rollout_seconds, begin = 0, [], 0.0, clock(device)
     for batch in batches:
+        batch = batch.to(device)
         t0 = clock(device)
         if stage.history in ("parallel", "autoregressive"):
             with distributed.rollout_model(engine, recipe.run.held) as model:
