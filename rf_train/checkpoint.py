@@ -167,22 +167,27 @@ def save(run: Path, step: int, shards: Shards) -> Path:
 
 
 def latest(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None."""
+    """The checkpoint that `RUN/latest` names; without that file the newest one, since a checkpoint has its name only when it is whole; None without any."""
     pointer = run / "latest"
     if not pointer.is_file():
-        return None
-    folder = run / "checkpoints" / pointer.read_text().strip()
-    if not folder.is_dir():
-        raise ValueError(f"{pointer} names {folder.name}, which is not in {folder.parent}")
-    return folder
+        held = steps_held(run)
+        return run / "checkpoints" / f"step-{held[-1]:08d}" if held else None
+    name = pointer.read_text().strip()
+    if name not in [f"step-{step:08d}" for step in steps_held(run)]:
+        raise ValueError(f"{pointer} names {name!r}, which is not in {run / 'checkpoints'}; write one of its folders' names there, or remove the file to go on from the newest")
+    return run / "checkpoints" / name
+
+
+def steps_held(run: Path) -> list[int]:
+    """Steps of the run's checkpoints, ascending."""
+    return sorted(int(p.name[5:]) for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdigit() and p.is_dir())
 
 
 def at_step(run: Path, step: int) -> Path:
     """The run's checkpoint of `step`, or its newest with step 0."""
     folder = run / "checkpoints" / f"step-{step:08d}" if step else latest(run)
     if folder is None or not folder.is_dir():
-        known = sorted(int(p.name[5:]) for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdigit())
-        raise ValueError(f"{run}: no checkpoint{f' of step {step}' if step else ''}; it has {known or 'none'}")
+        raise ValueError(f"{run}: no checkpoint{f' of step {step}' if step else ''}; it has {steps_held(run) or 'none'}")
     return folder
 
 
@@ -192,6 +197,9 @@ def verified(folder: Path) -> dict:
         manifest = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: no readable manifest.json: {error}") from None
+    missing = {"step", "world_size", "optimizer_steps", "average_steps", "shapes", "files"} - set(manifest if isinstance(manifest, dict) else ())
+    if missing:
+        raise ValueError(f"{folder}: its manifest.json has no {', '.join(sorted(missing))}; go back to an older checkpoint")
     for entry in manifest["files"]:
         path = folder / entry["file"]
         if not path.is_file():
@@ -212,9 +220,9 @@ def read_weights(folder: Path, kind: str = "ema") -> dict[str, Tensor]:
 
 
 def prune(run: Path, keep: int, always: set[int]) -> None:
-    """Removes checkpoints that are neither among the `keep` newest nor at a step in `always`."""
-    steps = sorted(int(p.name[5:]) for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdigit())
-    for step in steps[:-keep]:
+    """Removes checkpoints that are neither among the `keep` newest up to the one that `latest` names nor at a step in `always`; later ones stay."""
+    newest = int(latest(run).name[5:])
+    for step in [step for step in steps_held(run) if step <= newest][:-keep]:
         if step not in always:
             shutil.rmtree(run / "checkpoints" / f"step-{step:08d}")
 

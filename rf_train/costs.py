@@ -8,7 +8,6 @@ N those of the noisy stream, D model.dim, F model.ffn_dim, a bytes of a weight o
 """
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -66,14 +65,8 @@ class Zero:
 
 def read_zero(file: str) -> Zero:
     """Reads a DeepSpeed JSON. Raises ValueError when training doesn't run on it."""
-    path = distributed.find(file)
-    try:
-        settings = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    zero = settings.get("zero_optimization", {})
-    if zero.get("stage") not in (2, 3):
-        raise ValueError(f"{path}: zero_optimization.stage is {zero.get('stage')!r}; training runs on ZeRO stage 2 or 3")
+    _, settings = distributed.read_json(file)
+    zero = settings["zero_optimization"]
 
     def offloaded(what: str) -> bool:
         return zero.get(what, {}).get("device", "none") != "none"

@@ -7,6 +7,7 @@ Samples are read by their offsets in the tar; nothing is unpickled.
 """
 
 import hashlib
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +31,23 @@ class Latents:
     """
 
     def __init__(self, folder: str | Path, model: config.Model):
-        self.folder = Path(folder)
+        self.folder, self.patch = Path(folder), model.patch
         self.card = read_card(self.folder)
         check_card(self.card, model, self.folder)
         self.places = [(shard["file"], key, members) for shard in self.card["shards"] for key, members in index_shard(self.folder / shard["file"])]
         if len(self.places) != self.card["counts"]["samples"]:
             raise ValueError(f"{self.folder}: the card counts {self.card['counts']['samples']} samples, the shards hold {len(self.places)}")
         self.empty_caption = torch.tensor(self.card["empty_caption"], dtype=torch.float32)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a latent frame."""
+        return self.card["latent"]["height"] * self.card["latent"]["width"] // self.patch**2
+
+    def summary(self) -> dict:
+        """What must be the same on every rank: the number of samples, and a hash of what the card says of them."""
+        parts = json.dumps([self.card[key] for key in ("codec", "latent", "text", "empty_caption", "shards")], sort_keys=True)
+        return {"samples": len(self), "card": hashlib.sha256(parts.encode()).hexdigest()[:16]}
 
     def __len__(self) -> int:
         return len(self.places)

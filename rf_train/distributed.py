@@ -50,16 +50,32 @@ def find(path: str) -> Path:
     raise ValueError(f"{path}: no such file, neither here nor in {PROJECT}")
 
 
-def engine_settings(recipe: config.Recipe, device: torch.device, world: int) -> dict:
-    """DeepSpeed's settings: the JSON, completed from the recipe. Raises ValueError, with both values, where the JSON says something else."""
-    path = find(recipe.run.deepspeed)
+def read_json(file: str) -> tuple[Path, dict]:
+    """A DeepSpeed JSON that training can run on, and where it lies. Raises ValueError, in one line, for any other."""
+    path = find(file)
     try:
         settings = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
-    zero = settings.setdefault("zero_optimization", {})
-    if zero.get("stage") not in (2, 3):
-        raise ValueError(f"{path}: zero_optimization.stage is {zero.get('stage')!r}; training runs on ZeRO stage 2 or 3")
+    sections = ("zero_optimization", "bf16", "fp16", "data_types", "amp", "torch_autocast")
+    nested = [(f"zero_optimization.{key}", "zero_optimization", key) for key in ("offload_optimizer", "offload_param")]
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: expected an object of settings, got {json.dumps(settings)[:60]}")
+    for name, holder, key in [(key, None, key) for key in sections] + nested:
+        inside = settings if holder is None else settings["zero_optimization"]
+        if not isinstance(inside.setdefault(key, {}), dict):
+            raise ValueError(f"{path}: {name} is {json.dumps(inside[key])}, expected an object")
+        if not inside[key] and key != "zero_optimization":
+            del inside[key]
+    stage = settings["zero_optimization"].get("stage")
+    if stage not in (2, 3) or isinstance(stage, bool):
+        raise ValueError(f"{path}: zero_optimization.stage is {json.dumps(stage)}; training runs on ZeRO stage 2 or 3")
+    return path, settings
+
+
+def engine_settings(recipe: config.Recipe, device: torch.device, world: int) -> dict:
+    """DeepSpeed's settings: the JSON, completed from the recipe. Raises ValueError, with both values, where the JSON says something else."""
+    path, settings = read_json(recipe.run.deepspeed)
     o, s, replicas = recipe.optimizer, recipe.stages[0], world // recipe.run.sequence
     bf16 = recipe.run.precision == "bf16" or (recipe.run.precision == "auto" and device.type == "cuda")
     # DeepSpeed counts every rank as one that has clips of its own; those that share a clip see the same one.
@@ -70,7 +86,8 @@ def engine_settings(recipe: config.Recipe, device: torch.device, world: int) -> 
         "gradient_accumulation_steps": (f"what follows from batch, micro_batch and ranks (stage {s.name})", s.batch // (o.micro_batch * replicas)),
     }
     for key, (name, value) in decided.items():
-        if settings.get(key, value) not in (value, "auto"):
+        there = settings.get(key, value)
+        if there not in (value, "auto") or isinstance(there, bool):
             raise ValueError(f"{path}: {key} is {json.dumps(settings[key])} there, but {value} in the recipe: {name}; remove it from the JSON")
         settings[key] = value
     for key, enabled in (("bf16", bf16), ("fp16", False)):
@@ -82,9 +99,13 @@ def engine_settings(recipe: config.Recipe, device: torch.device, world: int) -> 
                       ("sequence_parallel_size", f"run.sequence={recipe.run.sequence}"), ("data_parallel_size", f"{replicas}, from ranks and run.sequence")):  # fmt: skip
         if key in settings:
             raise ValueError(f"{path}: {key} is {json.dumps(settings[key])} there, but the recipe decides it ({ours}); remove it from the JSON")
+    for section, key, ours in (("data_types", "grad_accum_dtype", "fp32"), ("amp", "enabled", False), ("torch_autocast", "enabled", False)):
+        if settings.get(section, {}).get(key, ours) != ours:
+            there = json.dumps(settings[section][key])
+            raise ValueError(f"{path}: {section}.{key} is {there} there, but training makes it {json.dumps(ours)}: run.precision decides; remove it from the JSON")
+    settings["data_types"] = {"grad_accum_dtype": "fp32"}
     settings["zero_allow_untested_optimizer"] = True
     settings["zero_force_ds_cpu_optimizer"] = False
-    settings.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     settings.setdefault("wall_clock_breakdown", False)
     settings.setdefault("steps_per_print", 10**9)
     return settings

@@ -32,6 +32,7 @@ class Generator:
     model: CausalWan
     step: int
     card: dict
+    cards: dict[str, dict]  # of every stage's dataset, by folder
     codec: object
     dataset: Path
     device: torch.device
@@ -49,7 +50,7 @@ class Generator:
     @property
     def trained_frames(self) -> int:
         """Latent frames of the longest clip trained on."""
-        return max(stage.frames or self.card["latent"]["frames"] for stage in self.recipe.stages)
+        return max(stage.frames or self.cards[stage.data or self.recipe.data.train]["latent"]["frames"] for stage in self.recipe.stages)
 
     @property
     def trained_chunks(self) -> int:
@@ -83,7 +84,8 @@ def open_run(run: str | Path, overrides: list[str] = (), step: int = 0, weights:
     dataset = Path(recipe.data.train or recipe.stages[0].data)
     card = read_card(dataset)
     check_card(card, recipe.model, dataset)
-    return Generator(recipe, model, int(folder.name[5:]), card, dataset_codec(dataset, device.type), dataset, device)
+    cards = {name: read_card(Path(name)) for name in {stage.data or recipe.data.train for stage in recipe.stages if not stage.frames}}
+    return Generator(recipe, model, int(folder.name[5:]), card, cards, dataset_codec(dataset, device.type), dataset, device)
 
 
 def latent_frames(seconds: float, fps: float) -> int:
@@ -146,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{options.out}: {len(pixels)} frames, {len(pixels) / fps:.2f} s (trained on clips of {generator.card['video']['frames'] / fps:.2f} s)")
+    print(f"{options.out}: {len(pixels)} frames, {len(pixels) / fps:.2f} s (trained on clips of {(1 + 4 * (generator.trained_frames - 1)) / fps:.2f} s)")
     return 0
 
 

@@ -41,9 +41,11 @@ class RunRecord:
         self.name = self.folder.resolve().name
         self.recipe = config.from_dict(yaml.safe_load((self.folder / "recipe.yaml").read_text()))
         self.rows = read_metrics(self.folder / "metrics.jsonl")
-        self.rows = [row for row in self.rows if row["loss"] is not None]  # steps that were skipped whole
         if not self.rows:
             raise ValueError(f"{folder}: its metrics.jsonl holds no steps yet")
+        self.rows = [row for row in self.rows if row["loss"] is not None]
+        if not self.rows:
+            raise ValueError(f"{folder}: its metrics.jsonl holds no step with a finite loss")
         path = self.folder / "evaluation" / "evaluation.json"
         self.evaluation = json.loads(path.read_text()) if path.is_file() else None
 

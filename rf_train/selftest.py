@@ -28,7 +28,8 @@ def self_test(model: CausalWan, chunks: int, attentions: list[Attention]) -> Non
     count = min(chunks, 4)
     frames = model.chunking.start(count)
     stream = torch.Generator().manual_seed(0)
-    shape = (1, model.settings.channels, frames, 2 * model.settings.patch, 2 * model.settings.patch)
+    ranks = model.sequence.size if model.sequence is not None else 1
+    shape = (1, model.settings.channels, frames, 2 * model.settings.patch, 2 * ranks * model.settings.patch)
     noisy, history = (torch.randn(shape, generator=stream).to(weight.device) for _ in range(2))
     t = torch.rand(1, count, generator=stream).to(weight.device)
     text = torch.randn(1, model.settings.text_len, model.settings.text_dim, generator=stream).to(weight.device)

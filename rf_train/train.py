@@ -30,7 +30,6 @@ from rf_train.weights import WeightFiles
 def train(recipe: config.Recipe) -> None:
     """Runs all stages of `recipe` that its checkpoints don't hold already. Called on every rank."""
     rank, world, device = distributed.start()
-    check_same_recipe(recipe)
     sequence = recipe.run.sequence
     if world % sequence:
         raise ValueError(f"run.sequence={sequence} does not divide the {world} ranks")
@@ -39,6 +38,10 @@ def train(recipe: config.Recipe) -> None:
     datasets = data.open_datasets(recipe)
     for stage in recipe.stages:
         data.accumulation(stage, recipe.optimizer.micro_batch, replicas)
+    for dataset in datasets.values():
+        if dataset.tokens % sequence:
+            raise ValueError(f"run.sequence={sequence}: a latent frame of {dataset.folder} has {dataset.tokens} tokens, which don't split evenly over {sequence} ranks")
+    check_same(recipe=config.to_dict(recipe), deepspeed=distributed.engine_settings(recipe, device, world), data={name: dataset.summary() for name, dataset in datasets.items()})
     engine = distributed.build_engine(recipe, device, world)
     shards = Shards(engine, recipe.optimizer.ema)
     first = restore(recipe, shards)
@@ -79,13 +82,13 @@ def train(recipe: config.Recipe) -> None:
         metrics.close()
 
 
-def check_same_recipe(recipe: config.Recipe) -> None:
-    """Raises ValueError, on every rank, that names the settings in which ranks differ."""
-    recipes = [json.loads(text) for text in distributed.gather_texts([json.dumps(config.to_dict(recipe))])]
-    for rank, other in enumerate(recipes):
-        found = changes(recipes[0], other)
+def check_same(**settings: dict) -> None:
+    """Raises ValueError, on every rank, that names all settings in which a rank differs from rank 0."""
+    everyone = [json.loads(text) for text in distributed.gather_texts([json.dumps(settings)])]
+    for rank, other in enumerate(everyone):
+        found = changes(everyone[0], other)
         if found:
-            raise ValueError(f"ranks disagree on the recipe: {'; '.join(f'{key} is {one!r} on rank 0, {two!r} on rank {rank}' for key, one, two in found)}")
+            raise ValueError(f"ranks disagree: {'; '.join(f'{key} is {one!r} on rank 0, {two!r} on rank {rank}' for key, one, two in found)}")
 
 
 def not_finite(step: int, skipped: list[list[str]], saved: Path | None) -> str:

@@ -126,9 +126,36 @@ def test_damage_to_a_checkpoint_is_found_and_named(two_rank_run, tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="rank-00001.safetensors: damaged"):
         checkpoint.verified(checkpoint.latest(again))
-    (again / "latest").write_text("step-00000077")
-    with pytest.raises(ValueError, match="step-00000077"):
-        checkpoint.latest(again)
+    for name in ("step-00000077", "", "../checkpoints"):
+        (again / "latest").write_text(name)
+        with pytest.raises(ValueError, match=f"latest names '{name}', which is not in"):
+            checkpoint.latest(again)
+    (checkpoint.latest(run) / "manifest.json").rename(again / "kept")
+    for text in ("{}", "[]", "{"):
+        (checkpoint.latest(run) / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match="manifest.json"):
+            checkpoint.verified(checkpoint.latest(run))
+    (again / "kept").rename(checkpoint.latest(run) / "manifest.json")
+
+
+def folders(run: Path, *steps: int) -> Path:
+    for step in steps:
+        (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    return run
+
+
+def test_without_its_pointer_a_run_goes_on_from_the_newest_checkpoint(tmp_path):
+    assert checkpoint.latest(tmp_path) is None
+    run = folders(tmp_path, 2, 4, 10)
+    (run / "checkpoints" / "step-00000012.making").mkdir()
+    assert checkpoint.latest(run).name == "step-00000010"
+
+
+def test_pruning_keeps_what_latest_names_and_what_was_saved_after_going_back(tmp_path):
+    run = folders(tmp_path, 2, 4, 6, 8, 9, 10, 12)
+    (run / "latest").write_text("step-00000009")  # gone back to 8, and one step on
+    checkpoint.prune(run, 2, {4})
+    assert checkpoint.steps_held(run) == [4, 8, 9, 10, 12] and checkpoint.latest(run).name == "step-00000009"
 
 
 def count_gathers_on_this_rank(recipe: dict) -> dict:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,10 @@ TINY = [
 
 def command(*arguments, folder, launcher=False) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    begin = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--module"] if launcher else [sys.executable, "-m"]
+    with socket.socket() as probe:  # the launcher's own port may be another run's
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    begin = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", port, "--module"] if launcher else [sys.executable, "-m"]
     return subprocess.run([*begin, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 

@@ -143,6 +143,7 @@ def spread_on_this_rank(heads: int, world: int) -> dict:
     from rf_train import distributed
     from rf_train.chunks import Attention
     from rf_train.model import CausalWan
+    from rf_train.selftest import self_test
     from tests.conftest import randomise
     from tests.test_model import cached_pass, parallel_pass, random_clip
 
@@ -166,6 +167,8 @@ def spread_on_this_rank(heads: int, world: int) -> dict:
         scale = gradients[0].abs().max()
         for name, one, other in (("velocity", *velocities), ("cached", velocities[0], cached), ("gradient", gradients[0] / scale, gradients[1] / world / scale)):
             found[name] = max(found.get(name, 0.0), (one - other).abs().max().item())
+    model.sequence = sequence
+    self_test(model, 7, [Attention("window", window=1, sink=1), Attention("routed", k=1)])
     cache = model.new_cache(1, 4 * world, 11)
     return {**found, "cache_heads": cache.layers[0].k.shape[1]}
 
@@ -362,8 +365,44 @@ def test_ranks_that_disagree_on_the_number_of_chunks_stop_at_once(plain_run, tmp
     said = run_distributed(disagreeing_on_this_rank, 2, timeout=90, recipe=recipe, changed={}, frames=6)
     assert said == ["step 1: ranks disagree on chunks: 3 on rank 0, 2 on rank 1; all must read the same recipe and data"] * 2
     said = run_distributed(disagreeing_on_this_rank, 2, timeout=90, recipe=recipe, changed={"model": {"chunk": 2}, "run": {"seed": 5}}, frames=9)
-    assert said == ["ranks disagree on the recipe: model.chunk is 3 on rank 0, 2 on rank 1; run.seed is 4 on rank 0, 5 on rank 1"] * 2
+    assert said == ["ranks disagree: recipe.model.chunk is 3 on rank 0, 2 on rank 1; recipe.run.seed is 4 on rank 0, 5 on rank 1"] * 2
     assert time.perf_counter() - begin < 90
+
+
+def on_a_node_of_its_own(recipe: dict, files: dict) -> str:
+    """Trains where rank 1 finds other files under the same names; the error."""
+    import os
+
+    from rf_train import distributed
+    from rf_train.train import train
+
+    if os.environ["RANK"] == "1":
+        find, open_latents = distributed.find, data.Latents
+        distributed.find = lambda path: find(files.get(path, path))
+        data.Latents = lambda folder, model: open_latents(files.get(str(folder), folder), model)
+    try:
+        train(config.from_dict(recipe))
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_ranks_with_other_files_under_the_same_names_stop_at_once(plain_run, tmp_path):
+    folder = plain_run[0]
+    recipe = recipe_dict(folder, tmp_path)
+    files = {"ds_configs/zero3.json": "ds_configs/zero2.json"}
+    for said in run_distributed(on_a_node_of_its_own, 2, timeout=90, recipe=recipe, files=files):
+        assert said.startswith("ranks disagree: ") and "deepspeed.zero_optimization.stage is 3 on rank 0, 2 on rank 1" in said
+    write_dataset(tmp_path / "other", count=16)
+    for said in run_distributed(on_a_node_of_its_own, 2, timeout=90, recipe=recipe, files={str(folder / "short"): str(tmp_path / "other")}):
+        assert said.startswith(f"ranks disagree: data.{folder / 'short'}.samples is 12 on rank 0, 16 on rank 1; data.{folder / 'short'}.card is ")
+
+
+def test_a_sequence_that_does_not_split_a_frame_is_refused_before_anything_is_built(plain_run, tmp_path):
+    recipe = recipe_dict(plain_run[0], tmp_path, sequence=4)
+    recipe["model"] = {**recipe["model"], "heads": 4}
+    for said in run_distributed(on_a_node_of_its_own, 4, timeout=90, recipe=recipe, files={}):
+        assert said == f"run.sequence=4: a latent frame of {plain_run[0] / 'short'} has 6 tokens, which don't split evenly over 4 ranks"
 
 
 @pytest.mark.parametrize("run", [{"deepspeed": "ds_configs/zero2.json"}, {"sequence": 2}, {"precision": "bf16"}, {"deepspeed": "ds_configs/zero3_offload.json"}], ids=str)
@@ -406,7 +445,14 @@ def test_a_run_goes_on_under_another_stage_and_number_of_ranks(plain_run, tmp_pa
         ({"fp16": {"enabled": True}}, "fp16.enabled is true there"),
         ({"optimizer": {"type": "Adam", "params": {"lr": 0.1}}}, 'optimizer is .*"lr": 0.1.* there, but the recipe decides it .AdamW, lr 0.002'),
         ({"sequence_parallel_size": 2}, "sequence_parallel_size is 2 there, but the recipe decides it .run.sequence=1"),
+        ({"gradient_clipping": True}, "gradient_clipping is true there, but 1.0"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, 'data_types.grad_accum_dtype is "bf16" there, but training makes it "fp32"'),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled is true there, but training makes it false"),
+        ({"amp": {"enabled": True}}, "amp.enabled is true there"),
         ({"zero_optimization": {"stage": 1}}, "stage is 1"),
+        ({"zero_optimization": None}, "zero_optimization is null, expected an object"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": True}}, "zero_optimization.offload_optimizer is true, expected an object"),
+        ({"bf16": True}, "bf16 is true, expected an object"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -417,6 +463,9 @@ def test_a_json_that_contradicts_the_recipe_is_refused_with_both_values(plain_ru
     (tmp_path / "ds.json").write_text(json.dumps(settings))
     recipe = config.from_dict(recipe_dict(plain_run[0], tmp_path, deepspeed=str(tmp_path / "ds.json")))
     with pytest.raises(ValueError, match=message):
+        engine_settings(recipe, torch.device("cpu"), 2)
+    (tmp_path / "ds.json").write_text("[3]")
+    with pytest.raises(ValueError, match=r"expected an object of settings, got \[3\]"):
         engine_settings(recipe, torch.device("cpu"), 2)
     agreeing = {"zero_optimization": {"stage": 3}, "gradient_clipping": 1.0, "train_batch_size": 4, "bf16": {"enabled": False}, "gradient_accumulation_steps": "auto"}
     (tmp_path / "ds.json").write_text(json.dumps(agreeing))
