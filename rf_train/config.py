@@ -85,6 +85,7 @@ class Stage:
     attention: str = "dense"  # dense | window | routed
     k: int = 5  # routed: earlier chunks kept by each query token and head
     window: int = 6  # window: earlier chunks visible
+    sink: int = 0  # window: the first chunks that stay visible besides
     frames: int = 0  # latent frames of a clip; 0 = the dataset's
     data: str = ""  # dataset folder; "" = data.train
     batch: int = 64  # clips in a step, over all ranks
@@ -98,7 +99,7 @@ class Stage:
         require(self.history in HISTORIES, f"history={self.history!r}: choose one of {', '.join(HISTORIES)}")
         require(self.attention in ATTENTIONS, f"attention={self.attention!r}: choose one of {', '.join(ATTENTIONS)}")
         require(self.steps >= 1 and self.batch >= 1 and self.solver_steps >= 1, "steps, batch and solver_steps must be at least 1")
-        require(self.k >= 1 and self.window >= 1, "k and window must be at least 1")
+        require(self.k >= 1 and self.window >= 1 and self.sink >= 0, "k and window must be at least 1, sink at least 0")
         require(self.s > 0 and self.lr > 0 and self.lr_end >= 0, "s and lr must be positive, lr_end not negative")
 
 

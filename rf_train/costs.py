@@ -412,7 +412,7 @@ def cache_need(case: Case) -> int:
     model, largest = case.recipe.model, max(case.recipe.model.chunk, case.recipe.model.first_chunk)
     frames, scratch = case.history_frames, largest
     if case.attention.kind == "window":
-        frames = min(frames, (case.attention.window + 1) * largest)
+        frames = min(frames, (case.attention.window + 1 + case.attention.sink) * largest)
     elif case.cluster.device == "cpu":  # written: all history but the newest chunk, and that one as the noisy one
         scratch = 0
     dtype = torch.bfloat16 if case.a == 2 else torch.float32

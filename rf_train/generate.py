@@ -21,6 +21,7 @@ from rf_train import checkpoint, config
 from rf_train.chunks import Attention
 from rf_train.data import check_card
 from rf_train.model import CausalWan, pad_text
+from rf_train.resampling import stage_attention
 from rf_train.sampling import sample_chunks
 
 
@@ -44,8 +45,11 @@ class Generator:
 
     @property
     def attention(self) -> Attention:
-        """A window as wide as the history seen in training, so that relative positions stay inside it at any length."""
-        return Attention("window", window=self.trained_chunks - 1) if self.trained_chunks > 1 else Attention()
+        """A window as wide as the history seen in training, so that relative positions stay inside it at any length; the last stage's own if that is narrower."""
+        stage, seen = self.recipe.stages[-1], self.trained_chunks - 1
+        if stage.attention == "window" and stage.window + stage.sink <= seen:
+            return stage_attention(stage)
+        return Attention("window", window=seen) if seen else Attention()
 
     @property
     def trained_frames(self) -> int:

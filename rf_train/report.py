@@ -98,7 +98,8 @@ def chunk_plot(runs: list[RunRecord]) -> str:
             middle = (np.arange(len(mean)) + 0.5) / len(mean)
             by_t.plot(middle, mean, color=colour, marker="o", markersize=3)
             counts = np.sum([row["t_s_histogram"] for row in last], axis=0)
-            levels.plot(middle, counts * len(counts) / max(counts.sum(), 1), color=colour, drawstyle="steps-mid")
+            if any(row["t_s"] for row in last):  # clean history has no level
+                levels.stairs(counts * len(counts) / max(counts.sum(), 1), np.linspace(0, 1, len(counts) + 1), color=colour)
     left.set(xlabel="chunk", ylabel="loss", title="loss by chunk")
     right.set(xlabel="chunk", ylabel="rms of x\u0303 - x", title="how far training's history is from the truth")
     by_t.set(xlabel="noise level t", ylabel="loss", title="loss by noise level")

@@ -17,7 +17,7 @@ from rf_train.randomness import Draws
 def stage_attention(stage: Stage) -> Attention:
     """The attention that a stage trains with."""
     if stage.attention == "window":
-        return Attention("window", window=stage.window)
+        return Attention("window", window=stage.window, sink=stage.sink)
     if stage.attention == "routed":
         return Attention("routed", k=stage.k)
     return Attention()

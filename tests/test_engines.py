@@ -26,7 +26,7 @@ def recipe_dict(folder: Path, out: Path, **run) -> dict:
         "stages": [
             {"name": "forcing", "history": "clean", "steps": 8, "batch": 4, "lr": 2e-3, "lr_end": 1e-3, "warmup": 2},
             {"name": "resampling", "history": "autoregressive", "steps": 9, "batch": 4, "lr": 1e-3},
-            {"name": "long", "history": "autoregressive", "attention": "window", "window": 2, "steps": 6, "batch": 4, "lr": 1e-3, "data": str(folder / "long")},
+            {"name": "long", "history": "autoregressive", "attention": "window", "window": 2, "sink": 1, "steps": 6, "batch": 4, "lr": 1e-3, "data": str(folder / "long")},
             {"name": "routed", "history": "autoregressive", "attention": "routed", "k": 2, "steps": 7, "batch": 4, "lr": 5e-4, "data": str(folder / "long")},
         ],
     }  # fmt: skip
