@@ -275,9 +275,12 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         train(recipe)
     except (ValueError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not str(error).startswith("step "):
+        lost = any(words in str(error) for words in ("closed by peer", "reset by peer"))
+        if isinstance(error, RuntimeError) and not lost and not str(error).startswith("step "):
             raise
-        if rank:
+        if lost:
+            error = f"another rank has stopped, and told why if it could ({str(error).splitlines()[0]})"
+        elif rank:
             time.sleep(5)  # rank 0 tells of what went wrong on all; this rank tells only if the launcher leaves it the time
         print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2

@@ -1,15 +1,21 @@
 """ZeRO-3 on two ranks: equal to one process without DeepSpeed, resumed equal to uninterrupted, and gathered once for the rollout."""
 
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from rf_train import checkpoint, config
 from rf_train.metrics import read_metrics
 from tests.conftest import tiny_settings, write_dataset
-from tests.distributed import run_distributed
+from tests.distributed import PROJECT, run_distributed
 
 
 def recipe_dict(folder: Path, out: Path, **changes) -> dict:
@@ -219,3 +225,29 @@ def test_the_rollout_gathers_the_model_once_and_gives_it_back(two_rank_run, tmp_
         assert result["losses"][2] < result["losses"][0]
         assert result["partitioned"]
         assert result["rotary_error"] < 1e-6
+
+
+def test_when_a_rank_is_killed_the_other_says_so_in_one_line_and_leaves(two_rank_run, tmp_path):
+    recipe = recipe_dict(two_rank_run[0], tmp_path / "run")
+    recipe["stages"][0]["steps"] = 10_000
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        environment = {
+            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        ranks.append(subprocess.Popen([sys.executable, "-m", "rf_train.train", tmp_path / "recipe.yaml"], cwd=PROJECT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+    try:
+        begin = time.monotonic()
+        while len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < 3 and time.monotonic() - begin < 120 and ranks[0].poll() is None:
+            time.sleep(0.2)
+        ranks[1].kill()
+        said = ranks[0].communicate(timeout=60)[1]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert ranks[0].returncode == 2 and said.splitlines()[-1].startswith("error: another rank has stopped") and "Traceback" not in said
