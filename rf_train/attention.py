@@ -52,7 +52,7 @@ def contiguous(pieces: list[slice]) -> tuple[slice, ...]:
     return tuple(joined)
 
 
-def run(x: Tensor, pieces: tuple[slice, ...]) -> Tensor:
+def take(x: Tensor, pieces: tuple[slice, ...]) -> Tensor:
     """The tokens of the pieces of x [B, H, L, D]: a view of one piece, a copy of several."""
     parts = [x[:, :, piece] for piece in pieces]
     if len(parts) == 1:
@@ -60,10 +60,10 @@ def run(x: Tensor, pieces: tuple[slice, ...]) -> Tensor:
     return torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)  # as projections lay it out: heads next to each other
 
 
-def back(x: Tensor, pieces: tuple[slice, ...]) -> Tensor:
-    """Undoes `run` of pieces that are an order of all tokens."""
+def put_back(x: Tensor, pieces: tuple[slice, ...]) -> Tensor:
+    """Undoes `take` of pieces that are an order of all tokens."""
     places = spans([piece.stop - piece.start for piece in pieces])
-    return run(x, tuple(place for _, place in sorted(zip(pieces, places), key=lambda pair: pair[0].start)))
+    return take(x, tuple(place for _, place in sorted(zip(pieces, places), key=lambda pair: pair[0].start)))
 
 
 def two_stream_attention(
@@ -103,7 +103,7 @@ def two_stream_attention(
         return torch.cat([routed_job(q, k, v, job, attention.k) for job in jobs], dim=2)
     if memory is None and (kernels := fused_kernels(q)):
         return JobAttention.apply(q, k, v, jobs, kernels, kept)
-    return torch.cat([F.scaled_dot_product_attention(q[:, :, job.queries], run(k, job.keys), run(v, job.keys)) for job in jobs], dim=2)
+    return torch.cat([F.scaled_dot_product_attention(q[:, :, job.queries], take(k, job.keys), take(v, job.keys)) for job in jobs], dim=2)
 
 
 def jobs_of(asking: list[tuple[int, int, slice, bool]], held: list[int], places: list[slice], attention: Attention) -> list[Job]:
@@ -118,7 +118,7 @@ def jobs_of(asking: list[tuple[int, int, slice, bool]], held: list[int], places:
 
 def routed_job(q: Tensor, k: Tensor, v: Tensor, job: Job, keep: int) -> Tensor:
     """One chunk's attention with history routing."""
-    q, k, v = q[:, :, job.queries], run(k, job.keys), run(v, job.keys)
+    q, k, v = q[:, :, job.queries], take(k, job.keys), take(v, job.keys)
     mask = routed_mask(q, k, list(job.lengths), keep) if len(job.lengths) > keep else None
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
@@ -171,7 +171,7 @@ def _cuda_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(grad, q, k, v, out, log_sum, cum_q, cum_k, max_q, max_k, 0.0, False, seed, offset)
 
 
-def parts(jobs: list[Job]) -> tuple[tuple[slice, ...], list[tuple[slice, slice]]]:
+def kernel_calls(jobs: list[Job]) -> tuple[tuple[slice, ...], list[tuple[slice, slice]]]:
     """The jobs in few, large kernel calls: (an order of the queries, pairs (queries in that order, keys)).
 
     History chunk i and noisy chunk i + 1 read the same history: one row of the causal triangle, whose queries stand together in
@@ -204,7 +204,7 @@ def _cover(start: int, rows: list[tuple[int, int, int]], found: list[tuple[slice
         _cover(corner, rows[half:], found)
 
 
-def meet(q: Tensor, k: Tensor, v: Tensor, pairs: list[tuple[slice, slice]], kernel) -> tuple[Tensor, Tensor, list]:
+def merged_attention(q: Tensor, k: Tensor, v: Tensor, pairs: list[tuple[slice, slice]], kernel) -> tuple[Tensor, Tensor, list]:
     """Runs the kernel on each pair of queries and keys and merges: (output, log-sums, what else each call's backward wants)."""
     out, sums, rest = torch.zeros_like(q, dtype=torch.float32), q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32), []
     for queries, keys in pairs:
@@ -224,22 +224,22 @@ class JobAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, jobs: list[Job], kernels, kept: dict | None) -> Tensor:
-        order, pairs = parts(jobs)
-        q = run(q, order)
+        order, pairs = kernel_calls(jobs)
+        q = take(q, order)
         if kept:
             out, sums, rest = kept.pop("attention")
         else:
-            out, sums, rest = meet(q, k, v, pairs, kernels[0])
+            out, sums, rest = merged_attention(q, k, v, pairs, kernels[0])
             if kept is not None:
                 kept["attention"] = out, sums, rest
         ctx.save_for_backward(q, k, v, out, sums)
         ctx.order, ctx.pairs, ctx.rest, ctx.backward_kernel = order, pairs, rest, kernels[1]
-        return back(out, order)
+        return put_back(out, order)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         q, k, v, out, sums = ctx.saved_tensors
-        grad = run(grad, ctx.order)
+        grad = take(grad, ctx.order)
         grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
         for (queries, keys), rest in zip(ctx.pairs, ctx.rest):
             asked, made, wanted, log_sum = (x[:, :, queries] for x in (q, out, grad, sums))
@@ -247,4 +247,4 @@ class JobAttention(torch.autograd.Function):
             grad_q[:, :, queries] += dq
             grad_k[:, :, keys] += dk
             grad_v[:, :, keys] += dv
-        return back(grad_q, ctx.order).to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
+        return put_back(grad_q, ctx.order).to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None

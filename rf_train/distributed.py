@@ -264,6 +264,7 @@ class Fragment:
 
 
 def parameter_shapes(engine) -> dict[str, tuple[int, ...]]:
+    """Shapes of the whole parameters by name, partitioned or not."""
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
 
 
@@ -284,7 +285,7 @@ def fragments(engine) -> dict[str, Fragment]:
             found[name] = Fragment(dist.get_rank() * master.numel(), master, *moments)
         elif p._hp_mapping is not None:
             place = p._hp_mapping.hp_fragment_address
-            flat = next(flat for flat in zero.single_partition_of_fp32_groups if flat.data_ptr() <= p._hp_mapping.hp_fragment.data_ptr() < flat.data_ptr() + 4 * flat.numel())
+            flat = zero.single_partition_of_fp32_groups[p._hp_mapping.param_group_index]
             moments = (state[flat][kind].narrow(0, place.start, place.numel) for kind in ("exp_avg", "exp_avg_sq"))
             found[name] = Fragment(p._hp_mapping.lp_fragment_address.start, p._hp_mapping.hp_fragment, *moments)
     return found
@@ -314,8 +315,7 @@ def agree(what: str, **figures: int) -> None:
     mine = torch.tensor(list(figures.values()), dtype=torch.int64, device=current_device())
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
-    for position, name in enumerate(figures):
-        values = [int(ranks[position]) for ranks in everyone]
+    for name, values in zip(figures, torch.stack(everyone, dim=1).tolist()):
         if len(set(values)) > 1:
             other = next(rank for rank, value in enumerate(values) if value != values[0])
             raise ValueError(f"{what}: ranks disagree on {name}: {values[0]} on rank 0, {values[other]} on rank {other}; all must read the same recipe and data")
@@ -329,6 +329,7 @@ def gather_texts(mine: list[str]) -> list[str]:
 
 
 def current_device() -> torch.device:
+    """The device that this rank computes on."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 

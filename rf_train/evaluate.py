@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data_prep.video import write_video
 from rf_train import checkpoint, config, flow
 from rf_train.data import Latents
-from rf_train.generate import Generator, open_run
+from rf_train.generate import Generator, open_run, video_frames
 from rf_train.model import pad_text
 from rf_train.randomness import Draws, draw
 from rf_train.resampling import make_history
@@ -81,7 +81,7 @@ def segments(frames: int, given: int, length: int) -> list[tuple[int, int]]:
 
 def pixels_of(span: tuple[int, int]) -> slice:
     """Video frames that latent frames [begin, end) stand for: the first one for 1, each later one for 4."""
-    begin, end = (0 if latent == 0 else 1 + 4 * (latent - 1) for latent in span)
+    begin, end = (video_frames(latent) if latent else 0 for latent in span)
     return slice(begin, end)
 
 
@@ -120,9 +120,9 @@ def evaluate(generator: Generator, dataset: Latents, clips: int, given_chunks: i
         ]
         for name in FIGURES
     }
-    trained = 1 + 4 * (generator.trained_frames - 1)
+    trained = video_frames(generator.trained_frames)
     return {
-        "step": generator.step, "dataset": str(dataset.folder), "clips": clips, "given_seconds": (1 + 4 * (given_frames - 1)) / fps,
+        "step": generator.step, "dataset": str(dataset.folder), "clips": clips, "given_seconds": video_frames(given_frames) / fps,
         "trained_seconds": trained / fps, "segments_seconds": seconds, "figures": summary, "rows": rows,
     }  # fmt: skip
 

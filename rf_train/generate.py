@@ -98,6 +98,11 @@ def latent_frames(seconds: float, fps: float) -> int:
     return 1 + -(-(frames - 1) // 4)
 
 
+def video_frames(latents: int) -> int:
+    """Video frames that `latents` latent ones stand for: 1 for the first, 4 for each other."""
+    return 1 + 4 * (latents - 1)
+
+
 def first_frames(generator: Generator, video: str | Path, chunks: int) -> Tensor:
     """Latent [1, C, F, H, W] of the first `chunks` chunks of a video, or as many whole ones as it has. Raises ValueError when it has none."""
     size, fps = generator.card["video"], generator.card["video"]["fps"]
@@ -105,14 +110,14 @@ def first_frames(generator: Generator, video: str | Path, chunks: int) -> Tensor
     pixels = []
     for frame in read_frames(video, fps, (size["height"], size["width"])):
         pixels.append(frame)
-        if len(pixels) == 1 + 4 * (wanted - 1):
+        if len(pixels) == video_frames(wanted):
             break
-    while chunks > 0 and 1 + 4 * (generator.model.chunking.start(chunks) - 1) > len(pixels):
+    while chunks > 0 and video_frames(generator.model.chunking.start(chunks)) > len(pixels):
         chunks -= 1
     if chunks == 0:
-        need = 1 + 4 * (generator.model.chunking.first - 1)
+        need = video_frames(generator.model.chunking.first)
         raise ValueError(f"{video}: {len(pixels)} frames at {fps} fps, the first chunk takes {need}")
-    keep = 1 + 4 * (generator.model.chunking.start(chunks) - 1)
+    keep = video_frames(generator.model.chunking.start(chunks))
     return torch.from_numpy(generator.codec.encode(np.stack(pixels[:keep])))[None]
 
 
@@ -152,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{options.out}: {len(pixels)} frames, {len(pixels) / fps:.2f} s (trained on clips of {(1 + 4 * (generator.trained_frames - 1)) / fps:.2f} s)")
+    print(f"{options.out}: {len(pixels)} frames, {len(pixels) / fps:.2f} s (trained on clips of {video_frames(generator.trained_frames) / fps:.2f} s)")
     return 0
 
 

@@ -35,8 +35,8 @@ class Linear(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
-class SelfAttention(nn.Module):
-    """Self-attention of both streams; RMS norm on q and k over the full width, rotary positions."""
+class Projections(nn.Module):
+    """What self- and cross-attention have alike: q, k, v and output projections, RMS norm on q and k over the full width."""
 
     def __init__(self, dim: int, heads: int, eps: float):
         super().__init__()
@@ -44,6 +44,10 @@ class SelfAttention(nn.Module):
         self.to_q, self.to_k, self.to_v = Linear(dim, dim), Linear(dim, dim), Linear(dim, dim)
         self.to_out = nn.ModuleList([Linear(dim, dim)])
         self.norm_q, self.norm_k = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
+
+
+class SelfAttention(Projections):
+    """Self-attention of both streams, with rotary positions."""
 
     def forward(self, x: Tensor, plan: "Plan", memory: LayerCache | None, noisy_only: bool, kept: dict | None) -> Tensor:
         """x [B, L, D], history tokens first. Returns [B, L, D], or the noisy tokens alone with `noisy_only`."""
@@ -61,15 +65,8 @@ class SelfAttention(nn.Module):
         return self.to_out[0](rearrange(out, "b l h d -> b l (h d)"))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Projections):
     """Attention to the caption. Padded positions are attended to, as Wan was trained."""
-
-    def __init__(self, dim: int, heads: int, eps: float):
-        super().__init__()
-        self.heads = heads
-        self.to_q, self.to_k, self.to_v = Linear(dim, dim), Linear(dim, dim), Linear(dim, dim)
-        self.to_out = nn.ModuleList([Linear(dim, dim)])
-        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
 
     def forward(self, x: Tensor, text: Tensor, memory: LayerCache | None) -> Tensor:
         """x [B, L, D], text [B, text_len, D]. Keys and values are made once a caption when there is a cache."""

@@ -1,6 +1,6 @@
 """What a recipe needs and which settings to take:  python -m rf_train.plan RECIPE [a.b=c ...] --gpus 64
 
-For each stage: memory a GPU, FLOP and bytes over links of a step, the least time they take (`rf_train.costs`), and the fastest settings that
+For each stage: memory a GPU, FLOP and bytes over links of a step, the least time they take (`rf_train.costs`, `rf_train.memory`), and the fastest settings that
 fit; `--measure` runs real steps and prints planned and measured peak side by side. Memory is printed in GiB (2^30), links in GB (1e9).
 """
 
@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from rf_train import config, distributed
-from rf_train.costs import GIB, ROOM, Case, Clip, Cluster, Zero, clip_of, fits, flop, links, memory, read_zero, seconds, times
+from rf_train.costs import GIB, Case, Clip, Cluster, Zero, clip_of, flop, links, read_zero, seconds, times
+from rf_train.memory import ROOM, fits, memory
 
 # ---- the search
 

@@ -92,6 +92,7 @@ def check_same(**settings: dict) -> None:
 
 
 def not_finite(step: int, skipped: list[list[str]], saved: Path | None) -> str:
+    """What a run says that stops at the 0-based `step`: the clips of the skipped steps, and the newest checkpoint."""
     clips = sorted({clip for clips in skipped for clip in clips})
     return (
         f"step {step + 1}: {len(skipped)} steps in a row had a gradient that is not finite and were skipped; nothing was saved over them. "

@@ -89,8 +89,8 @@ def count_attention_on_this_rank(recipe: dict) -> list[int]:
     """How often each training pass, forward and backward, runs attention."""
     from rf_train import attention, train
 
-    calls, meet, train.self_test = [], attention.meet, lambda *_: None
-    attention.meet = lambda *arguments: calls.append(1) or meet(*arguments)
+    calls, meet, train.self_test = [], attention.merged_attention, lambda *_: None
+    attention.merged_attention = lambda *arguments: calls.append(1) or meet(*arguments)
     train_and_tell(recipe)
     return len(calls)
 

@@ -80,8 +80,8 @@ def test_routing_with_enough_chunks_is_dense(tiny_model):
 
 def test_checkpointing_changes_nothing_and_the_selective_one_runs_no_attention_twice(tiny_model, monkeypatch):
     gradients, calls = {}, {}
-    meet = attention.meet
-    monkeypatch.setattr(attention, "meet", lambda *given: calls.__setitem__(kind, calls.get(kind, 0) + 1) or meet(*given))
+    meet = attention.merged_attention
+    monkeypatch.setattr(attention, "merged_attention", lambda *given: calls.__setitem__(kind, calls.get(kind, 0) + 1) or meet(*given))
     for kind in config.CHECKPOINTINGS:
         model = tiny_model(checkpointing=kind)
         x, t, text = random_clip(9, 1, model.settings)

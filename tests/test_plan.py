@@ -8,7 +8,7 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from rf_train import config, costs, plan
+from rf_train import config, costs, memory, plan
 from rf_train.chunks import Chunking
 from rf_train.model import CausalWan, parameter_count
 from rf_train.randomness import draw
@@ -81,7 +81,7 @@ def test_activations_are_what_autograd_keeps(history, attention, precision, dtyp
         loss = step_of(case, model)
     latent, frames = case.micro * case.clip.height * case.clip.width * case.recipe.model.channels, case.clip.frames
     latents = latent * (8 * frames if precision == "fp32" else 2 * (frames + case.history_frames) + 10 * frames)
-    planned = costs.activations(case)["forward"][0] + costs.ends_saved(case)[1] - latents
+    planned = memory.activations(case)["forward"][0] + memory.ends_saved(case)[1] - latents
     assert loss.requires_grad and planned == pytest.approx(sum(size for size, _ in kept.values()), rel=0.01)
 
 
@@ -93,19 +93,19 @@ def test_the_cache_is_the_models(attention, precision, dtype):
     settings = case.recipe.model
     cache = CausalWan(settings).to(dtype).new_cache(case.micro, case.frame, case.history_frames, case.attention)
     captions = 2 * settings.layers * case.micro * settings.text_len * settings.dim * dtype.itemsize
-    assert costs.cache_need(case) == cache.bytes + captions
+    assert memory.cache_need(case) == cache.bytes + captions
 
 
 def test_memory_scales_with_ranks_as_zero_says():
     one, many = (tiny_case(gpus=gpus, device="cuda", dim=128) for gpus in (1, 8))
-    states, shared = costs.states(one), costs.states(many)
+    states, shared = memory.states(one), memory.states(many)
     for name in ("parameters", "gradients", "optimizer", "average"):
         assert shared[name] == pytest.approx(states[name] / 8, rel=0.01)
     assert (states["optimizer"], states["average"], states["gradients"], states["parameters"]) == tuple(n * one.parameters for n in (12, 4, 4, 2))
-    assert costs.gathered(one)["rollout"] == 0 and costs.gathered(many)["rollout"] == 2 * (many.parameters + many.block)
-    whole = costs.states(tiny_case(gpus=8, device="cuda", dim=128, zero="ds_configs/zero2.json"))
+    assert memory.gathered(one)["rollout"] == 0 and memory.gathered(many)["rollout"] == 2 * (many.parameters + many.block)
+    whole = memory.states(tiny_case(gpus=8, device="cuda", dim=128, zero="ds_configs/zero2.json"))
     assert whole["parameters"] == states["parameters"] and whole["optimizer"] == pytest.approx(states["optimizer"] / 8, rel=0.01)
-    away = costs.states(tiny_case(gpus=8, device="cuda", dim=128, zero="ds_configs/zero3_offload.json"))
+    away = memory.states(tiny_case(gpus=8, device="cuda", dim=128, zero="ds_configs/zero3_offload.json"))
     assert away["parameters"] == away["optimizer"] == away["average"] == away["gradients"] == 0
 
 
@@ -113,9 +113,9 @@ def test_sequence_ranks_share_tokens_heads_and_cache():
     alone = tiny_case(gpus=2, device="cuda")
     shared = replace(alone, recipe=replace(alone.recipe, run=replace(alone.recipe.run, sequence=2)))
     assert shared.accumulation == 2 * alone.accumulation
-    assert costs.block_saved(shared, False)["ffn hidden"] == costs.block_saved(alone, False)["ffn hidden"] / 2
+    assert memory.block_saved(shared, False)["ffn hidden"] == memory.block_saved(alone, False)["ffn hidden"] / 2
     captions = 2 * 2 * 2 * alone.micro * alone.recipe.model.text_len * alone.recipe.model.dim
-    assert costs.cache_need(shared) - captions == (costs.cache_need(alone) - captions) / 2
+    assert memory.cache_need(shared) - captions == (memory.cache_need(alone) - captions) / 2
     assert costs.all_to_all(alone) == (0, 0) and costs.all_to_all(shared)[0] > 0
     assert sum(costs.flop(shared).values()) == sum(costs.flop(alone).values())
 
