@@ -1,4 +1,4 @@
-"""Draw the demo's world: coloured shapes that move, bounce off the borders and pass behind one another.
+"""Draws the demo's world: coloured shapes that move, bounce off the borders and pass behind one another.
 
     python -m data_prep.draw OUT --videos 64 --seconds 5.0625 --size 64x64 --fps 16 --seed 0
 
@@ -11,14 +11,16 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.shards import write_atomic
-from data_prep.video import parse_size, write_video
+from data_prep.files import write_atomic
+from data_prep.geometry import parse_size
+from data_prep.video import write_video
 
 PALETTE = {  # name -> RGB
     "red": (235, 40, 45),
@@ -33,22 +35,23 @@ KINDS = ("circle", "square")
 DIRECTIONS = ("right", "down and right", "down", "down and left", "left", "up and left", "up", "up and right")
 
 # In units of the frame's shorter side, and of that per second. At 64x64 and 16 frames a second:
-RADII = (10 / 64, 13 / 64)      # 10 to 13 pixels
-SPEEDS = (6 / 64, 14 / 64)      # 0.4 to 0.9 pixels a frame
-EDGE = 2                        # pixels over which a shape's edge fades: antialiased, and kind to small codecs
+RADII = (10 / 64, 13 / 64)  # 10 to 13 pixels
+SPEEDS = (6 / 64, 14 / 64)  # 0.4 to 0.9 pixels a frame
+EDGE = 2  # pixels over which a shape's edge fades: antialiased, and kind to small codecs
 
 
 @dataclass(frozen=True)
 class Shape:
     """A flat shape; position, radius and velocity in units of the frame's shorter side (per second), y down."""
+
     kind: str
     colour: str
     radius: float
-    position: tuple
-    velocity: tuple
+    position: tuple[float, ...]
+    velocity: tuple[float, ...]
 
 
-def scene(seed, index, aspect=1.0, shapes=(2, 3)):
+def scene(seed: int, index: int, aspect: float = 1.0, shapes: tuple[int, int] = (2, 3)) -> list[Shape]:
     """The shapes of video `index`, front to back, at time 0. aspect = width / height; shapes = (fewest, most)."""
     rng = np.random.default_rng([seed, index])
     world = max(aspect, 1.0), max(1 / aspect, 1.0)
@@ -58,22 +61,29 @@ def scene(seed, index, aspect=1.0, shapes=(2, 3)):
     for colour in colours:
         radius = rng.uniform(*RADII)
         speed, angle = rng.uniform(*SPEEDS), rng.uniform(0, 2 * math.pi)
-        result.append(Shape(
-            kind=str(rng.choice(KINDS)), colour=str(colour), radius=float(radius),
-            position=tuple(float(rng.uniform(radius, side - radius)) for side in world),
-            velocity=(float(speed * math.cos(angle)), float(speed * math.sin(angle)))))
+        result.append(
+            Shape(
+                kind=str(rng.choice(KINDS)),
+                colour=str(colour),
+                radius=float(radius),
+                position=tuple(float(rng.uniform(radius, side - radius)) for side in world),
+                velocity=(float(speed * math.cos(angle)), float(speed * math.sin(angle))),
+            )
+        )
     return result
 
 
-def caption(shapes):
+def caption(shapes: list[Shape]) -> str:
     """What is there, front to back, and how it starts to move."""
-    def direction(shape):
+
+    def direction(shape: Shape) -> str:
         octant = round(math.atan2(shape.velocity[1], shape.velocity[0]) / (math.pi / 4)) % 8
         return DIRECTIONS[octant]
+
     return " in front of ".join(f"a {s.colour} {s.kind} moving {direction(s)}" for s in shapes)
 
 
-def position(shape, time, world):
+def position(shape: Shape, time: float, world: tuple[float, float]) -> tuple[float, ...]:
     """Centre (x, y) at `time` seconds: straight lines folded at the borders, i.e. elastic bounces."""
     centre = []
     for start, velocity, side in zip(shape.position, shape.velocity, world):
@@ -83,7 +93,7 @@ def position(shape, time, world):
     return tuple(centre)
 
 
-def _distance(kind, x, y, r):
+def _distance(kind: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
     """Signed distance (negative inside) to a shape of outer radius r at the origin; x, y arrays, y down."""
     if kind == "circle":
         return np.hypot(x, y) - r
@@ -92,8 +102,8 @@ def _distance(kind, x, y, r):
     raise ValueError(f"unknown shape {kind!r}, known: {', '.join(KINDS)}")
 
 
-def render(shapes, frames, size, fps):
-    """Yield `frames` images, uint8 [H, W, 3], of the world at times 0, 1 / fps, ... size = (height, width)."""
+def render(shapes: list[Shape], frames: int, size: tuple[int, int], fps: float) -> Iterator[np.ndarray]:
+    """Yields `frames` images, uint8 [H, W, 3], of the world at times 0, 1 / fps, ... size = (height, width)."""
     height, width = size
     short = min(size)
     world = width / short, height / short
@@ -109,46 +119,83 @@ def render(shapes, frames, size, fps):
         yield np.round(image).astype(np.uint8)
 
 
-def draw(out, videos, frames, size, fps, seed, shapes=(2, 3)):
-    """Write `videos` mp4 files with captions into the folder `out`; those that stand already are kept.
+@dataclass(frozen=True)
+class DrawSettings:
+    """What a folder of drawn videos is made with."""
+
+    videos: int
+    frames: int  # of each video
+    size: tuple[int, int]  # (height, width) in pixels
+    fps: float = 16
+    seed: int = 0
+    shapes: tuple[int, int] = (2, 3)  # fewest and most in a video
+
+    def validate(self) -> None:
+        """Raises ValueError, in one line, for numbers that make no videos."""
+        if self.videos < 1 or self.frames < 1 or self.fps <= 0:
+            raise ValueError(f"videos {self.videos}, frames {self.frames} and fps {self.fps} must be positive")
+        height, width = self.size
+        if height % 2 or width % 2 or min(self.size) < 16:
+            raise ValueError(f"size {height}x{width}: height and width must be even and at least 16")
+        if self.seed < 0:
+            raise ValueError(f"seed {self.seed}: must not be negative")
+        fewest, most = self.shapes
+        if not 1 <= fewest <= most <= len(PALETTE):
+            raise ValueError(f"shapes {fewest}-{most}: must lie within 1-{len(PALETTE)}")
+
+    def record(self) -> dict:
+        """What `draw.json` in the folder says."""
+        fps = int(self.fps) if self.fps == int(self.fps) else self.fps
+        record = {"videos": self.videos, "frames": self.frames, "size": list(self.size), "fps": fps}
+        return {**record, "seed": self.seed, "shapes": list(self.shapes)}
+
+
+def draw(out: str | Path, settings: DrawSettings) -> int:
+    """Writes mp4 files with captions into the folder `out`; those that stand already are kept.
 
     Returns how many were written. Raises ValueError if `out` holds something else.
     """
     out = Path(out)
-    if videos < 1 or frames < 1 or fps <= 0:
-        raise ValueError(f"videos {videos}, frames {frames} and fps {fps} must be positive")
-    if size[0] % 2 or size[1] % 2 or min(size) < 16:
-        raise ValueError(f"size {size[0]}x{size[1]}: height and width must be even and at least 16")
-    if not 1 <= shapes[0] <= shapes[1] <= len(PALETTE):
-        raise ValueError(f"shapes {shapes[0]}-{shapes[1]}: must lie within 1-{len(PALETTE)}")
-    fps = int(fps) if fps == int(fps) else fps
-    settings = {"videos": videos, "frames": frames, "size": list(size), "fps": fps, "seed": seed,
-                "shapes": list(shapes)}
-    record = out / "draw.json"
-    if record.is_file():
-        try:
-            found = json.loads(record.read_text())
-        except ValueError:
-            found = None
-        if found != settings:
-            raise ValueError(f"{out}: holds videos drawn with other settings ({found}); choose another folder")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: exists and was not made by data_prep.draw; choose another folder")
-    if not record.is_file():
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomic(record, json.dumps(settings).encode())
-
-    names = [(index, out / f"video-{index:05d}.mp4") for index in range(videos)]
-    missing = [(index, path) for index, path in names if not (path.is_file() and path.with_suffix(".txt").is_file())]
-    for index, path in tqdm(missing, desc="draw", unit="video", disable=not missing):
-        world = scene(seed, index, size[1] / size[0], shapes)
-        write_atomic(path.with_suffix(".txt"), (caption(world) + "\n").encode())
-        write_video(path, render(world, frames, size, fps), fps, crf=10)
+    settings.validate()
+    begin_folder(out, settings.record())
+    height, width = settings.size
+    paths = [out / f"video-{index:05d}.mp4" for index in range(settings.videos)]
+    missing = [i for i, path in enumerate(paths) if not (path.is_file() and path.with_suffix(".txt").is_file())]
+    for index in tqdm(missing, desc="draw", unit="video", disable=not missing):
+        world = scene(settings.seed, index, width / height, settings.shapes)
+        write_atomic(paths[index].with_suffix(".txt"), caption(world) + "\n")
+        frames = render(world, settings.frames, settings.size, settings.fps)
+        write_video(paths[index], frames, settings.fps, crf=10)
     return len(missing)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m data_prep.draw", description="Draw the demo's world as videos.")
+def begin_folder(out: Path, record: dict) -> None:
+    """Makes the folder and its `draw.json`. Raises ValueError if it holds other videos, or anything else."""
+    path = out / "draw.json"
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text())
+        except ValueError:
+            found = None
+        if found != record:
+            raise ValueError(f"{out}: holds videos drawn with other settings ({found}); choose another folder")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: exists and was not made by data_prep.draw; choose another folder")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(record))
+
+
+def parse_range(text: str) -> tuple[int, int]:
+    """(fewest, most) from "2-3" or "2"."""
+    fewest, _, most = text.partition("-")
+    if not (fewest.isdigit() and (most or fewest).isdigit()):
+        raise ValueError(f"shapes {text!r}: expected a range such as 2-3")
+    return int(fewest), int(most or fewest)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="data_prep.draw", description="Draws the demo's world as videos.")
     parser.add_argument("out", help="folder to write")
     parser.add_argument("--videos", type=int, default=64)
     length = parser.add_mutually_exclusive_group()
@@ -158,23 +205,17 @@ def main(argv=None):
     parser.add_argument("--fps", type=float, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shapes", default="2-3", help="fewest and most shapes in a video (default 2-3)")
-    args = parser.parse_args(argv)
+    options = parser.parse_args(arguments)
     try:
-        fewest, _, most = args.shapes.partition("-")
-        if not (fewest.isdigit() and (most or fewest).isdigit()):
-            raise ValueError(f"shapes {args.shapes!r}: expected a range such as 2-3")
-        if args.seed < 0:
-            raise ValueError(f"seed {args.seed}: must not be negative")
-        frames = round(args.seconds * args.fps) if args.frames is None else args.frames
-        written = draw(args.out, args.videos, frames, parse_size(args.size), args.fps, args.seed,
-                       (int(fewest), int(most or fewest)))
+        frames = round(options.seconds * options.fps) if options.frames is None else options.frames
+        size, shapes = parse_size(options.size), parse_range(options.shapes)
+        settings = DrawSettings(options.videos, frames, size, options.fps, options.seed, shapes)
+        written = draw(options.out, settings)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if written:
-        print(f"{args.out}: {args.videos} videos of {frames} frames ({written} drawn now)")
-    else:
-        print(f"{args.out}: {args.videos} videos of {frames} frames stand already, nothing to do")
+    now = f"({written} drawn now)" if written else "stand already, nothing to do"
+    print(f"{options.out}: {options.videos} videos of {frames} frames {now}")
     return 0
 
 

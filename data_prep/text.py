@@ -1,8 +1,4 @@
-"""Captions to embeddings. Two encoders, one interface:
-
-    encode(captions)    list of str -> list of float32 [L, dim], L the caption's true number of tokens, at least 1
-    name, dim, max_tokens, hash, folder     what the dataset card records
-"""
+"""Captions to embeddings."""
 
 import hashlib
 import html
@@ -10,34 +6,49 @@ import json
 import re
 import unicodedata
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from data_prep.shards import file_hash, read_card
+from data_prep.card import read_card
+from data_prep.files import sha256_of_files
+
+
+class TextEncoder(Protocol):
+    """Captions to embeddings. The attributes are what a dataset's card records."""
+
+    name: str
+    dim: int  # width of a token's vector
+    max_tokens: int
+    hash: str
+    folder: str | None  # where the weights are; None: there are none
+
+    def encode(self, captions: list[str]) -> list[np.ndarray]:
+        """For each caption float32 [L, dim], L its true number of tokens, 1 <= L <= max_tokens."""
 
 
 class HashText:
     """The embedded encoder, without weights: every word has one fixed vector of mean 0 and variance 1.
 
-    The vector is a function of the lower-cased word alone, wherever it stands and on every machine; a caption is its
-    words' vectors in order. The empty caption is one vector of its own.
+    The vector is a function of the lower-cased word alone, on every machine. A caption is its words' vectors in order.
+    The empty caption is one vector of its own.
     """
 
     name = "default"
     dim = 64
     max_tokens = 32
-    folder = None
+    folder: str | None = None
     hash = hashlib.sha256(f"words 1 shake_256 {dim} {max_tokens}".encode()).hexdigest()
 
-    def encode(self, captions):
-        """list of str -> list of float32 [L, dim], 1 <= L <= max_tokens; further words are cut off."""
+    def encode(self, captions: list[str]) -> list[np.ndarray]:
+        """For each caption float32 [L, dim], 1 <= L <= max_tokens; further words are cut off."""
         return [np.stack([self._vector(word) for word in self._words(caption)]) for caption in captions]
 
-    def _words(self, caption):
-        return re.findall(r"\w+", unicodedata.normalize("NFKC", caption).lower())[:self.max_tokens] or [""]
+    def _words(self, caption: str) -> list[str]:
+        return re.findall(r"\w+", unicodedata.normalize("NFKC", caption).lower())[: self.max_tokens] or [""]
 
-    def _vector(self, word):
-        uniform = np.frombuffer(hashlib.shake_256(word.encode()).digest(4 * self.dim), "<u4") / 2.0 ** 32
+    def _vector(self, word: str) -> np.ndarray:
+        uniform = np.frombuffer(hashlib.shake_256(word.encode()).digest(4 * self.dim), "<u4") / 2.0**32
         return ((uniform - uniform.mean()) / uniform.std()).astype(np.float32)
 
 
@@ -46,50 +57,55 @@ class UMT5Text:
 
     The folder holds both, or the subfolders `text_encoder` and `tokenizer` of a published Wan checkpoint. Captions are
     cut at 512 tokens. Only the true tokens are returned; Wan has zeros past them, up to 512.
+
+    Raises ValueError, in one line, when the folder holds no umT5.
     """
 
     name = "umt5"
     max_tokens = 512
 
-    def __init__(self, folder, device="cpu", dtype=None):
+    def __init__(self, folder: str | Path, device: str = "cpu"):
         import torch
-        from transformers import AutoTokenizer, UMT5EncoderModel     # here, since it takes seconds to import
+        from transformers import AutoTokenizer, UMT5EncoderModel  # here, since it takes seconds to import
+
         folder = Path(folder).absolute()
-        model, tokenizer = (folder / part if (folder / part).is_dir() else folder
-                            for part in ("text_encoder", "tokenizer"))
+        parts = ("text_encoder", "tokenizer")
+        model, tokenizer = (folder / part if (folder / part).is_dir() else folder for part in parts)
         weights, config_file = list(model.glob("*.safetensors")), model / "config.json"
         words = [path for name in ("tokenizer.json", "spiece.model") if (path := tokenizer / name).is_file()]
         if not weights or not config_file.is_file() or not words:
             raise ValueError(f"{folder}: no umT5 here, expected config.json, *.safetensors and tokenizer.json")
-        self.folder = str(folder)
+        self.folder: str | None = str(folder)
         self.device = torch.device(device)
-        dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        options = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
         try:
             config = json.loads(config_file.read_text(encoding="utf-8"))
             self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-            self.model = UMT5EncoderModel.from_pretrained(model, dtype=dtype, use_safetensors=True,
-                                                          local_files_only=True)
+            self.model = UMT5EncoderModel.from_pretrained(model, **options)
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"{folder}: umT5 does not load ({str(error).splitlines()[0]})") from None
         self.model.eval().requires_grad_(False).to(self.device)
-        self.dim = self.model.config.d_model
-        self.hash = file_hash(weights + words, {key: config.get(key) for key in ("d_model", "num_layers", "vocab_size")})
+        self.dim: int = self.model.config.d_model
+        sizes = {key: config.get(key) for key in ("d_model", "num_layers", "vocab_size")}
+        self.hash = sha256_of_files(weights + words, sizes)
 
-    def encode(self, captions):
-        """list of str -> list of float32 [L, dim], 1 <= L <= 512."""
+    def encode(self, captions: list[str]) -> list[np.ndarray]:
+        """For each caption float32 [L, dim], 1 <= L <= 512."""
         import torch
+
         embeddings = []
+        options = {"max_length": self.max_tokens, "truncation": True, "return_attention_mask": True}
         for caption in captions:
             caption = " ".join(html.unescape(html.unescape(caption)).split())
-            tokens = self.tokenizer(caption, max_length=self.max_tokens, truncation=True, return_attention_mask=True,
-                                    return_tensors="pt").to(self.device)
+            tokens = self.tokenizer(caption, return_tensors="pt", **options).to(self.device)
             with torch.no_grad():
                 states = self.model(tokens.input_ids, tokens.attention_mask).last_hidden_state[0]
             embeddings.append(states[tokens.attention_mask[0].bool()].float().cpu().numpy())
         return embeddings
 
 
-def open_text(spec, device="cpu"):
+def open_text(spec: str, device: str = "cpu") -> TextEncoder:
     """The text encoder of "default" or "umt5:FOLDER"."""
     name, _, folder = spec.partition(":")
     if spec == "default":
@@ -99,11 +115,12 @@ def open_text(spec, device="cpu"):
     raise ValueError(f"unknown text encoder {spec!r}, expected default or umt5:FOLDER")
 
 
-def dataset_text(folder, device="cpu"):
+def dataset_text(dataset: str | Path, device: str = "cpu") -> TextEncoder:
     """The text encoder that made a dataset, from its card. Raises ValueError if what is there now is another one."""
-    recorded = read_card(folder)["text"]
-    text = open_text("default" if recorded["name"] == "default" else f"{recorded['name']}:{recorded['folder']}", device)
+    recorded = read_card(dataset)["text"]
+    spec = "default" if recorded["name"] == "default" else f"{recorded['name']}:{recorded['folder']}"
+    text = open_text(spec, device)
     if text.hash != recorded["hash"]:
-        raise ValueError(f"{text.folder or 'default'}: not the text encoder that made {folder} "
-                         f"(hash {text.hash[:12]}, the dataset says {recorded['hash'][:12]})")
+        hashes = f"hash {text.hash[:12]}, the dataset says {recorded['hash'][:12]}"
+        raise ValueError(f"{text.folder or 'default'}: not the text encoder that made {dataset} ({hashes})")
     return text

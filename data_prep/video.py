@@ -1,4 +1,4 @@
-"""Read any video on a target clock; write mp4.
+"""Reads any video on a target clock; writes mp4.
 
 Frames are uint8 [H, W, 3] RGB. Times are seconds since the stream's first frame, as exact fractions: a file's own
 clock may start anywhere, run at a variable rate or jump, and only its timestamps say what is on screen when.
@@ -6,8 +6,10 @@ clock may start anywhere, run at a variable rate or jump, and only its timestamp
 
 import os
 from collections import deque
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -20,6 +22,8 @@ _DECLARES_DURATION = {"mov", "mp4", "matroska", "webm", "avi", "flv"}
 # Timestamps are rounded to the container's tick (1 ms in Matroska): a frame this little late counts as in time.
 _TOLERANCE = Fraction(1, 1000)
 
+_Shown = tuple[Fraction, Fraction, Any]  # a frame is on screen from, until; the frame, None at the video's end
+
 
 class VideoError(ValueError):
     """A video that cannot be read, or not to its end. The message is one line and names the file.
@@ -27,28 +31,20 @@ class VideoError(ValueError):
     reason: "missing", "not a video", "no video stream", "undecodable" or "truncated"
     """
 
-    def __init__(self, path, reason, detail=""):
+    def __init__(self, path: str | Path, reason: str, detail: str = ""):
         self.reason = reason
         self.detail = detail
         super().__init__(f"{path}: {reason}{f' ({detail})' if detail else ''}")
 
 
-def parse_size(text):
-    """(height, width) from "480x832"."""
-    height, _, width = text.lower().partition("x")
-    if not (height.isdigit() and width.isdigit() and int(height) > 0 and int(width) > 0):
-        raise ValueError(f"size {text!r}: expected HEIGHTxWIDTH, e.g. 480x832")
-    return int(height), int(width)
-
-
-def best_stream(container):
+def best_stream(container: Any) -> Any:
     """The video stream with the largest picture that is no cover art or thumbnail; None without one. Ties: first."""
     still = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
     streams = [s for s in container.streams.video if s.codec_context is not None and not s.disposition & still]
     return max(streams, key=lambda s: s.codec_context.width * s.codec_context.height, default=None)
 
 
-def _open(path):
+def _open(path: str | Path) -> Any:
     """An open container. Raises VideoError if the file is missing or no video."""
     if not os.path.isfile(path):
         raise VideoError(path, "missing")
@@ -62,7 +58,7 @@ def _open(path):
         raise VideoError(path, "not a video", _reason(error)) from None
 
 
-def declared_seconds(path):
+def declared_seconds(path: str | Path) -> float | None:
     """The length in seconds that a video's header declares, a hint only; None where it says nothing."""
     try:
         with _open(path) as container:
@@ -74,8 +70,14 @@ def declared_seconds(path):
         return None
 
 
-def read_frames(path, fps, size=None, start=0, end=None):
-    """Iterate over a video's frames, uint8 [H, W, 3] RGB, at a constant rate.
+def read_frames(
+    path: str | Path,
+    fps: float | Fraction,
+    size: tuple[int, int] | None = None,
+    start: float = 0,
+    end: float | None = None,
+) -> Iterator[np.ndarray]:
+    """Yields a video's frames, uint8 [H, W, 3] RGB, at a constant rate.
 
     Frame n is what a player shows `start + n / fps` seconds after the first frame, for every n before `end` (or the
     video's end): held frames repeat, surplus ones are dropped. Rotation and non-square pixels are applied; then the
@@ -84,139 +86,169 @@ def read_frames(path, fps, size=None, start=0, end=None):
 
     Raises VideoError, possibly after frames that are sound, when the file is missing, no video, damaged or cut short.
     """
-    fps, start = Fraction(fps).limit_denominator(100_000), Fraction(start)
-    end = None if end is None else Fraction(end)
-    if fps <= 0 or start < 0 or (end is not None and end <= start):
+    rate, begin = Fraction(fps).limit_denominator(100_000), Fraction(start)
+    stop = None if end is None else Fraction(end)
+    if rate <= 0 or begin < 0 or (stop is not None and stop <= begin):
         raise ValueError(f"fps {fps}, start {start} and end {end}: need fps > 0 and 0 <= start < end")
     with _open(path) as container:
-        stream = best_stream(container)
-        if stream is None:
-            raise VideoError(path, "no video stream")
-        stream.thread_type = "AUTO"
+        stream = _video_stream(path, container)
         n = 0
-        shown = image = None            # the frame on screen; its converted image, once needed
-        for time, until, frame in _from(path, container, stream, start):
-            due = start + n / fps
-            while shown is not None and due + _TOLERANCE < time and (end is None or due + _TOLERANCE < end):
+        shown = image = None  # the frame on screen; its converted image, once needed
+        for time, _, frame in _shown_from(path, container, stream, begin):
+            due = begin + n / rate
+            while shown is not None and due + _TOLERANCE < time and (stop is None or due + _TOLERANCE < stop):
                 if image is None:
                     image, size = _picture(shown, stream, size)
                 yield image
                 n += 1
-                due = start + n / fps
-            if end is not None and due + _TOLERANCE >= end:
+                due = begin + n / rate
+            if stop is not None and due + _TOLERANCE >= stop:
                 return
             shown, image = frame, None
 
 
-def _from(path, container, stream, start):
-    """As `_decode`, from the last frame shown before `start` on where the file can be searched, and with a last
-    entry whose frame is None at the time the video ends."""
+class _Decoder:
+    """Decodes a video stream, frame by frame, on the file's own clock in seconds."""
+
+    def __init__(self, path: str | Path, container: Any, stream: Any):
+        self.path, self.container, self.stream = path, container, stream
+        rate = stream.average_rate or stream.guessed_rate
+        self.usual_duration = 1 / Fraction(rate) if rate else Fraction(1, 25)
+        self.formats = set(container.format.name.split(","))
+        self.damage: tuple[str, str] | None = None  # reason and detail, once something is wrong
+        self.last: Fraction | None = None  # the time of the last frame shown
+        self.reached: dict[int, Fraction] = {}  # stream index -> the latest end of its packets
+        # AVI stores no display times, only the steady ones of decoding: the n-th frame shown takes the n-th of them.
+        self.steady_times: deque | None = deque() if "avi" in self.formats else None
+
+    def shown(self) -> Iterator[_Shown]:
+        """Every frame in order of time, then one entry without a frame at the video's end.
+
+        Raises VideoError at damage and, after the last frame, when the file ends before its declared end.
+        """
+        first, until = Fraction(0), Fraction(0)
+        for frame in self._frames():
+            pts = self.steady_times.popleft() if self.steady_times else frame.pts
+            if frame.is_corrupt and self.last is None:
+                continue
+            if frame.is_corrupt:
+                self.damage = self.damage or ("undecodable", "a frame is damaged")
+                break
+            time = until if pts is None else pts * self.stream.time_base
+            if self.last is not None and time <= self.last:
+                continue  # never back in time
+            if self.damage and self.last is not None and time - self.last > self.usual_duration * 3 / 2:
+                break  # the frame between belonged to the missing part
+            first = time if self.last is None else first
+            until = time + (frame.duration * self.stream.time_base if frame.duration else self.usual_duration)
+            self.last = time
+            yield time, until, frame
+        if self.last is None:
+            raise VideoError(self.path, *(self.damage or ("undecodable", "no frame decodes")))
+        yield until, until, None
+        if self.damage:
+            reason, detail = self.damage
+            raise VideoError(self.path, reason, f"{detail}, good for {float(until - first):.2f} s")
+
+    def _frames(self) -> Iterator[Any]:
+        """What the packets decode to. Ends with the packet at which `damage` was found."""
+        packets = self.container.demux()
+        while self.damage is None:
+            try:
+                packet = next(packets, None)
+                if packet is None:
+                    return
+                if not self._is_ours(packet):
+                    continue
+                frames = self.stream.codec_context.decode(self._checked(packet))
+            except av.FFmpegError as error:
+                if self.last is None and isinstance(error, av.InvalidDataError):
+                    continue  # a recording may begin before its first key frame
+                self.damage = self.damage or ("undecodable", _reason(error))
+                return
+            yield from frames
+
+    def _is_ours(self, packet: Any) -> bool:
+        """Notes how far a packet's stream reaches. Whether it is the video's."""
+        index = packet.stream.index
+        if packet.pts is not None:
+            end = (packet.pts + (packet.duration or 0)) * packet.time_base
+            self.reached[index] = max(self.reached.get(index, end), end)
+        return index == self.stream.index
+
+    def _checked(self, packet: Any) -> Any:
+        """The packet; None, which makes the decoder give what it still holds, for an incomplete one."""
+        at_end = packet.size == 0 and packet.dts is None
+        if at_end and _DECLARES_DURATION & self.formats:
+            missing = self._missing_seconds()
+            if missing > Fraction(1, 4) + 2 * self.usual_duration:
+                self.damage = "truncated", f"the last {float(missing):.1f} s are missing"
+        elif packet.is_corrupt and self.last is not None:
+            self.damage = "truncated", "a packet is incomplete"
+            return None
+        elif self.steady_times is not None and not at_end:
+            self.steady_times.append(packet.dts)
+        return packet
+
+    def _missing_seconds(self) -> Fraction:
+        """Seconds between the last packet and the end that the header declares."""
+        stream, container = self.stream, self.container
+        if stream.duration:
+            end = ((stream.start_time or 0) + stream.duration) * stream.time_base
+            return end - self.reached.get(stream.index, Fraction(0))
+        if container.duration:
+            return Fraction(container.duration, av.time_base) - max(self.reached.values(), default=Fraction(0))
+        return Fraction(0)
+
+
+def _shown_from(path: str | Path, container: Any, stream: Any, start: Fraction) -> Iterator[_Shown]:
+    """As `_Decoder.shown`, in seconds since the first frame, and from the last frame shown before `start` on.
+
+    What comes before is skipped where the file can be searched.
+    """
     # Not in AVI: its times are counted from the first packet on, and a search would lose the count.
-    if start > 1 and container.format.name != "avi":
-        origin = next(_decode(path, container, stream))[0]
-        container.seek(int((origin + start) / stream.time_base), stream=stream)
-        frames = _decode(path, container, stream)
-        try:
-            head = next(frames)
-        except VideoError:
-            head = None
-        if head is None or head[0] > origin + start:        # nothing there, or too far: read from the beginning
-            frames = _all(path)
-            head = next(frames)
-        yield head[0] - origin, head[1] - origin, head[2]
-    else:
-        frames, origin = _decode(path, container, stream), None
+    if start <= 1 or container.format.name == "avi":
+        yield from _from_first_frame(_Decoder(path, container, stream).shown())
+        return
+    origin = next(_Decoder(path, container, stream).shown())[0]
+    container.seek(int((origin + start) / stream.time_base), stream=stream)
+    frames = _Decoder(path, container, stream).shown()
+    try:
+        head = next(frames)
+    except VideoError:
+        head = None
+    if head is None or head[0] > origin + start:  # nothing there, or too far: read from the beginning
+        with _open(path) as again:
+            yield from _from_first_frame(_Decoder(path, again, _video_stream(path, again)).shown())
+        return
+    yield head[0] - origin, head[1] - origin, head[2]
+    for time, until, frame in frames:
+        yield time - origin, until - origin, frame
+
+
+def _from_first_frame(frames: Iterator[_Shown]) -> Iterator[_Shown]:
+    """The same frames, with times since the first one."""
+    origin = None
     for time, until, frame in frames:
         origin = time if origin is None else origin
         yield time - origin, until - origin, frame
 
 
-def _all(path):
-    """`_decode` of the whole of a file, opened for it."""
-    with _open(path) as container:
-        stream = best_stream(container)
-        stream.thread_type = "AUTO"
-        yield from _decode(path, container, stream)
+def _video_stream(path: str | Path, container: Any) -> Any:
+    """The stream to read. Raises VideoError without one."""
+    stream = best_stream(container)
+    if stream is None:
+        raise VideoError(path, "no video stream")
+    stream.thread_type = "AUTO"
+    return stream
 
 
-def _decode(path, container, stream):
-    """Yield (time, end, frame) of every frame, in order of time, on the file's own clock in seconds.
-
-    The last entry is (end, end, None). Raises VideoError at damage and, after the last frame, at a missing rest.
-    """
-    rate = stream.average_rate or stream.guessed_rate
-    usual = 1 / Fraction(rate) if rate else Fraction(1, 25)
-    formats = set(container.format.name.split(","))
-    first = last = until = damage = None
-    reached = {}                        # stream index -> the latest end of its packets
-    # AVI stores no display times, only the steady ones of decoding: the n-th frame shown takes the n-th of them.
-    steady = deque() if "avi" in formats else None
-    packets = container.demux()
-    while damage is None:
-        try:
-            packet = next(packets, None)
-            if packet is None:
-                break
-            index = packet.stream.index
-            if packet.pts is not None:
-                ends = (packet.pts + (packet.duration or 0)) * packet.time_base
-                reached[index] = max(reached.get(index, ends), ends)
-            if index != stream.index:
-                continue
-            at_end = packet.size == 0 and packet.dts is None
-            if at_end and _DECLARES_DURATION & formats:
-                missing = _missing(container, stream, reached)
-                if missing > Fraction(1, 4) + 2 * usual:
-                    damage = "truncated", f"the last {float(missing):.1f} s are missing"
-            elif packet.is_corrupt and last is not None:
-                damage = "truncated", "a packet is incomplete"
-                packet = None
-            elif steady is not None and not at_end:
-                steady.append(packet.dts)
-            frames = stream.codec_context.decode(packet)
-        except av.FFmpegError as error:
-            if last is None and isinstance(error, av.InvalidDataError):
-                continue                # a recording may begin before its first key frame
-            damage = damage or ("undecodable", _reason(error))
-            break
-        for frame in frames:
-            pts = steady.popleft() if steady else frame.pts
-            if frame.is_corrupt and last is None:
-                continue
-            if frame.is_corrupt:
-                damage = damage or ("undecodable", "a frame is damaged")
-                break
-            time = until or Fraction(0) if pts is None else pts * stream.time_base
-            if last is not None and time <= last:
-                continue                # never back in time
-            if damage and last is not None and time - last > usual * 3 / 2:
-                break                   # the frame between belonged to the missing part
-            first = time if first is None else first
-            last, until = time, time + (frame.duration * stream.time_base if frame.duration else usual)
-            yield time, until, frame
-    if last is None:
-        raise VideoError(path, *(damage or ("undecodable", "no frame decodes")))
-    yield until, until, None
-    if damage:
-        reason, detail = damage
-        raise VideoError(path, reason, f"{detail}, good for {float(until - first):.2f} s")
-
-
-def _missing(container, stream, reached):
-    """Seconds between the last packet and the end that the header declares."""
-    if stream.duration:
-        return ((stream.start_time or 0) + stream.duration) * stream.time_base - reached.get(stream.index, 0)
-    if container.duration:
-        return Fraction(container.duration, av.time_base) - max(reached.values(), default=0)
-    return Fraction(0)
-
-
-def _reason(error):
+def _reason(error: Exception) -> str:
     """What FFmpeg says, without the numbers and file names around it."""
     return getattr(error, "strerror", None) or str(error)
 
 
-def _picture(frame, stream, size):
+def _picture(frame: Any, stream: Any, size: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
     """A decoded frame as (uint8 [H, W, 3] RGB, its (height, width)), upright, with square pixels, at `size`."""
     rgb = frame.to_ndarray(format="rgb24")
     pixel = stream.sample_aspect_ratio or Fraction(1)
@@ -239,43 +271,43 @@ def _picture(frame, stream, size):
         box_height, box_width = float(width / wanted), width
     left, top = (width - box_width) / 2, (height - box_height) / 2
     if (height, width) != size:
-        image = Image.fromarray(np.ascontiguousarray(rgb))
-        rgb = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC,
-                                      box=(left, top, left + box_width, top + box_height)))
+        image, box = Image.fromarray(np.ascontiguousarray(rgb)), (left, top, left + box_width, top + box_height)
+        rgb = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box))
     return np.ascontiguousarray(rgb), size
 
 
-def write_video(path, frames, fps, crf=16):
-    """Write frames, uint8 [T, H, W, 3] or an iterable of [H, W, 3], as an H.264 mp4 that browsers play.
+def write_video(
+    path: str | Path, frames: np.ndarray | Iterable[np.ndarray], fps: float | Fraction, crf: int = 16
+) -> None:
+    """Writes frames, uint8 [T, H, W, 3] or an iterable of [H, W, 3], as an H.264 mp4 that browsers play.
 
     yuv420p with its index in front; the same frames give the same file. `path` appears only when it is whole.
     Raises ValueError for no frames, odd sizes, or frames that are not alike.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    container = stream = None
+    container: Any = None
+    stream: Any = None
+    first: np.ndarray | None = None
     try:
         for number, frame in enumerate(frames):
             frame = np.asarray(frame)
-            if stream is None:
-                if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
-                    raise ValueError(f"{path}: frames must be uint8 [H, W, 3], not {frame.dtype} {frame.shape}")
-                height, width = frame.shape[:2]
-                if height % 2 or width % 2:
-                    raise ValueError(f"{path}: H.264 in yuv420p needs even sides, not {height}x{width}")
+            if first is None:
+                first = frame
+                check_writable(path, frame)
                 container = av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"})
                 stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(100_000))
-                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+                stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], "yuv420p"
                 # The same frames give the same file: one thread, and no mbtree, whose assembly makes tiny pictures
                 # depend on what the memory held before.
                 stream.options = {"crf": str(crf), "preset": "medium", "threads": "1", "x264-params": "mbtree=0"}
-            if frame.shape != (height, width, 3) or frame.dtype != np.uint8:
-                raise ValueError(f"{path}: a frame is {frame.dtype} {frame.shape}, the first was {(height, width, 3)}")
+            if frame.shape != first.shape or frame.dtype != np.uint8:
+                raise ValueError(f"{path}: a frame is {frame.dtype} {frame.shape}, the first was {first.shape}")
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             picture = picture.reformat(format="yuv420p", threads=1)
             picture.pts, picture.time_base = number, 1 / stream.average_rate
             container.mux(stream.encode(picture))
-        if stream is None:
+        if first is None:
             raise ValueError(f"{path}: no frames to write")
         container.mux(stream.encode(None))
         container.close()
@@ -285,3 +317,11 @@ def write_video(path, frames, fps, crf=16):
         if container is not None:
             container.close()
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path, frame: np.ndarray) -> None:
+    """Raises ValueError that names `path` unless a frame is one that `write_video` can write."""
+    if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
+        raise ValueError(f"{path}: frames must be uint8 [H, W, 3], not {frame.dtype} {frame.shape}")
+    if frame.shape[0] % 2 or frame.shape[1] % 2:
+        raise ValueError(f"{path}: H.264 in yuv420p needs even sides, not {frame.shape[0]}x{frame.shape[1]}")

@@ -1,7 +1,7 @@
-"""Where the project's measurements live:  python -m rf_train.bench NAME
+"""Measures parts of the project:  python -m rf_train.bench attention|model|step|rollout
 
-Each prints a table for people and, as its last line, one JSON object with the same figures. What is compared is measured in turn in one
-run, and figures are ratios of medians, since machines are noisy. NAME: attention, model, step, rollout.
+Each prints a table for people and, as its last line, one JSON object with the same figures. What is compared is
+measured in turn in one run, and figures are ratios of medians, since machines are noisy.
 """
 
 import argparse
@@ -10,26 +10,47 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from statistics import median
-from typing import Callable
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from rf_train import config
-from rf_train.attention import two_stream_attention
-from rf_train.chunks import Attention, Chunking
-from rf_train.model import CausalWan
-from rf_train.randomness import draw
-from rf_train.resampling import make_history, training_loss
+from rf_train.config import Recipe, Stage
+from rf_train.diffusion.batch import Batch
+from rf_train.diffusion.flow_matching import FlowSettings
+from rf_train.diffusion.histories import Autoregressive, make_history
+from rf_train.diffusion.loss import training_loss
+from rf_train.diffusion.randomness import LOSS_DRAWS, make_draws
+from rf_train.engine.collectives import start_ranks
+from rf_train.engine.zero import build_engine
+from rf_train.model.attention import PassLayout, two_stream_attention
+from rf_train.model.chunks import Chunk, Dense
+from rf_train.model.settings import ModelSettings
+from rf_train.model.transformer import CausalWan
+
+Result = tuple[list[str], dict]  # lines for people, and the figures
+
+MULTIPLICATIONS, SIZE = 8, 1024  # of the square matrices that the matrix-multiply rate is measured with
 
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def timed(functions: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str, float]:
+def dtype() -> torch.dtype:
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def machine(name: str) -> dict:
+    """The first figures of every result: the benchmark, the device, its threads."""
+    return {"bench": name, "device": str(device()), "threads": torch.get_num_threads()}
+
+
+def timed(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each function, called in turn `rounds` times after one warm-up each."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(rounds + 1):
@@ -45,21 +66,17 @@ def timed(functions: dict[str, Callable[[], object]], rounds: int = 7) -> dict[s
     return {name: median(values) for name, values in seconds.items()}
 
 
-def matmul_rate(dtype: torch.dtype, size: int = 1024) -> Callable[[], float]:
-    """A function that multiplies two square matrices, and its FLOP as an attribute."""
-    a, b = (torch.randn(size, size, dtype=dtype, device=device()) for _ in range(2))
-
-    def multiply():
-        for _ in range(8):
-            a @ b
-
-    multiply.flop = 8 * 2 * size**3
-    return multiply
+def multiply_matrices(a: Tensor, b: Tensor) -> None:
+    for _ in range(MULTIPLICATIONS):
+        a @ b
 
 
-def attention_flop(heads: int, width: int, chunk: int, chunks: int) -> float:
-    """Forward FLOP of two-stream attention: history i meets i chunks (i < N), noisy i meets i: N^2 blocks of 4 S^2 heads width."""
-    return 4.0 * heads * width * chunk**2 * chunks**2
+def attention_flop(heads: int, head_dim: int, chunk: int, chunks: int) -> float:
+    """Forward FLOP of two-stream attention over N chunks of S tokens.
+
+    History chunk i reads i chunks (i < N), noisy chunk i reads i: N^2 pairs of chunks, of 4 S^2 heads head_dim each.
+    """
+    return 4.0 * heads * head_dim * chunk**2 * chunks**2
 
 
 def dense_mask(chunk: int, chunks: int) -> Tensor:
@@ -67,213 +84,283 @@ def dense_mask(chunk: int, chunks: int) -> Tensor:
     index = torch.cat([torch.arange(chunks - 1), torch.arange(chunks)]).repeat_interleave(chunk)
     noisy = torch.arange(len(index)) >= (chunks - 1) * chunk
     q, k = index[:, None], index[None]
-    return torch.where(noisy[:, None], (~noisy[None] & (k < q)) | (noisy[None] & (k == q)), ~noisy[None] & (k <= q)).to(device())
+    of_noisy = (~noisy[None] & (k < q)) | (noisy[None] & (k == q))
+    of_history = ~noisy[None] & (k <= q)
+    return torch.where(noisy[:, None], of_noisy, of_history).to(device())
 
 
-def streams(chunk: int, chunks: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    return [(i, chunk) for i in range(chunks - 1)], [(i, chunk) for i in range(chunks)]
+def two_streams(chunk: int, chunks: int) -> PassLayout:
+    """A training pass of N chunks of `chunk` tokens."""
+    all_chunks = tuple(Chunk(index, chunk) for index in range(chunks))
+    return PassLayout(all_chunks[:-1], all_chunks, Dense())
 
 
-def bench_attention(options) -> tuple[list[str], dict]:
+def random_qkv(heads: int, head_dim: int, layout: PassLayout) -> list[Tensor]:
+    tokens = sum(chunk.length for chunk in (*layout.history, *layout.noisy))
+    shape = (1, heads, tokens, head_dim)
+    return [torch.randn(shape, dtype=dtype(), device=device(), requires_grad=True) for _ in range(3)]
+
+
+def random_batch(settings: ModelSettings, chunks: int, side: int) -> Batch:
+    """One random clip of `chunks` chunks, side x side tokens per latent frame, with the numbers of self-resampling."""
+    frames = chunks * settings.chunk
+    x = torch.randn(1, settings.channels, frames, settings.patch * side, settings.patch * side)
+    text = torch.randn(1, settings.text_len, settings.text_dim)
+    draws = make_draws({**LOSS_DRAWS, **Autoregressive.draws}, 0, 0, ["a"], tuple(x.shape[1:]), chunks)
+    return Batch(["a"], x, text, draws, settings.chunking.sizes(frames)).to(device())
+
+
+def bench_attention(options: argparse.Namespace) -> Result:
     """Two-stream attention against one with a dense mask, and against the device's matrix-multiply rate."""
-    heads, width, chunk, chunks = options.heads, 128 if torch.cuda.is_available() else 64, options.tokens, options.chunks
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    length = (2 * chunks - 1) * chunk
-    inputs = [torch.randn(1, heads, length, width, dtype=dtype, device=device(), requires_grad=True) for _ in range(3)]
-    grad = torch.randn_like(inputs[0])
-    mask = dense_mask(chunk, chunks)
-    history, noisy = streams(chunk, chunks)
-
-    def ours():
-        two_stream_attention(*inputs, history, noisy, Attention()).backward(grad)
-
-    def masked():
-        F.scaled_dot_product_attention(*inputs, attn_mask=mask).backward(grad)
-
-    multiply = matmul_rate(dtype)
-    seconds = timed({"blocks": ours, "dense mask": masked, "matmul": multiply}, options.rounds)
-    flop = 3.5 * attention_flop(heads, width, chunk, chunks)  # backward: five products to forward's two
-    rate = multiply.flop / seconds["matmul"]
-    memory = {n: peak_bytes(heads, width, chunk, n) for n in ((chunks + 1) // 2, chunks)}
-    (few, small), (many, large) = memory.items()
+    heads, chunk, chunks = options.heads, options.tokens, options.chunks
+    head_dim = 128 if torch.cuda.is_available() else 64
+    layout, mask = two_streams(chunk, chunks), dense_mask(chunk, chunks)
+    q, k, v = random_qkv(heads, head_dim, layout)
+    grad = torch.randn_like(q)
+    a, b = (torch.randn(SIZE, SIZE, dtype=dtype(), device=device()) for _ in range(2))
+    functions = {
+        "existing pairs": lambda: two_stream_attention(q, k, v, layout).backward(grad),
+        "dense mask": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask).backward(grad),
+        "matmul": lambda: multiply_matrices(a, b),
+    }
+    seconds = timed(functions, options.rounds)
+    flop = 3.5 * attention_flop(heads, head_dim, chunk, chunks)  # backward: five products to forward's two
+    rate = MULTIPLICATIONS * 2 * SIZE**3 / seconds["matmul"]
+    few, many = (chunks + 1) // 2, chunks
+    small, large = (peak_bytes(heads, head_dim, chunk, n) for n in (few, many))
+    token_growth = (2 * many - 1) / (2 * few - 1)
+    own = seconds["existing pairs"]
     figures = {
-        "bench": "attention", "device": str(device()), "threads": torch.get_num_threads(), "chunks": chunks, "tokens_per_chunk": chunk, "heads": heads, "head_dim": width,
-        "speedup_over_dense_mask": seconds["dense mask"] / seconds["blocks"],
-        "share_of_matmul_rate": flop / seconds["blocks"] / rate,
-        "seconds": seconds["blocks"],
-        "memory_growth": large / small, "token_growth": (2 * many - 1) / (2 * few - 1), "square_growth": ((2 * many - 1) / (2 * few - 1)) ** 2,
-    }  # fmt: skip
+        **machine("attention"),
+        "chunks": chunks,
+        "tokens_per_chunk": chunk,
+        "heads": heads,
+        "head_dim": head_dim,
+        "speedup_over_dense_mask": seconds["dense mask"] / own,
+        "share_of_matmul_rate": flop / own / rate,
+        "seconds": own,
+        "memory_growth": large / small,
+        "token_growth": token_growth,
+        "square_growth": token_growth**2,
+    }
+    of = f"{chunks} chunks of {chunk} tokens, {heads} heads of {head_dim}, {dtype()}, {device()}"
+    growth = f"x {large / small:.2f} (tokens x {token_growth:.2f}, their square x {token_growth**2:.2f})"
     lines = [
-        f"two-stream attention, forward and backward, {chunks} chunks of {chunk} tokens, {heads} heads of {width}, {dtype}, {device()}",
-        f"  blocks that exist   {seconds['blocks'] * 1e3:9.1f} ms   {flop / seconds['blocks'] / 1e9:8.1f} GFLOP/s",
-        f"  dense mask          {seconds['dense mask'] * 1e3:9.1f} ms   {figures['speedup_over_dense_mask']:.2f} x as long",
-        f"  matrix multiply                    {rate / 1e9:8.1f} GFLOP/s   attention runs at {figures['share_of_matmul_rate']:.2f} of it",
-        f"  peak memory, {few} -> {many} chunks: {small / 2**20:.1f} -> {large / 2**20:.1f} MiB, x {large / small:.2f} (tokens x {figures['token_growth']:.2f}, their square x {figures['square_growth']:.2f})",
+        f"two-stream attention, forward and backward, {of}",
+        f"  existing pairs      {own * 1e3:9.1f} ms   {flop / own / 1e9:8.1f} GFLOP/s",
+        f"  dense mask          {seconds['dense mask'] * 1e3:9.1f} ms   "
+        f"{figures['speedup_over_dense_mask']:.2f} x as long",
+        f"  matrix multiply                    {rate / 1e9:8.1f} GFLOP/s   "
+        f"attention runs at {figures['share_of_matmul_rate']:.2f} of it",
+        f"  peak memory, {few} -> {many} chunks: {small / 2**20:.1f} -> {large / 2**20:.1f} MiB, {growth}",
     ]
     return lines, figures
 
 
-def peak_bytes(heads: int, width: int, chunk: int, chunks: int) -> int:
-    """Peak memory that forward and backward of two-stream attention add, in bytes; on a CPU measured in a process of its own."""
+def run_attention(heads: int, head_dim: int, chunk: int, chunks: int) -> None:
+    """One forward and backward of two-stream attention."""
+    layout = two_streams(chunk, chunks)
+    q, k, v = random_qkv(heads, head_dim, layout)
+    two_stream_attention(q, k, v, layout).sum().backward()
+
+
+# Runs in a process of its own. Writing 5 to clear_refs resets the peak of resident memory.
+_PEAK_ON_CPU = """
+import resource, sys
+from rf_train.bench import run_attention
+heads, head_dim, chunk, chunks = map(int, sys.argv[1:])
+run_attention(heads, head_dim, 16, 2)
+open("/proc/self/clear_refs", "w").write("5")
+before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+run_attention(heads, head_dim, chunk, chunks)
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(int(peak.split()[1]) * 1024 - before)
+"""
+
+
+def peak_bytes(heads: int, head_dim: int, chunk: int, chunks: int) -> int:
+    """Peak memory, in bytes, that forward and backward of two-stream attention add."""
+    numbers = (heads, head_dim, chunk, chunks)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        _one_attention(heads, width, chunk, chunks)
+        run_attention(*numbers)
         return torch.cuda.max_memory_allocated() - before
-    code = (
-        "import resource, sys; from rf_train.bench import _one_attention; h, w, s, n = map(int, sys.argv[1:]);"
-        "held = lambda: int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize(); _one_attention(h, w, 16, 2);"
-        "open('/proc/self/clear_refs', 'w').write('5'); a = held(); _one_attention(h, w, s, n);"  # 5 resets the peak
-        "print(int(next(x for x in open('/proc/self/status') if x.startswith('VmHWM')).split()[1]) * 1024 - a)"
-    )
-    # Freed memory goes back to the system at once, so that the peak is what is held, not what the allocator keeps.
+    # Freed memory goes back to the system at once. So the peak is what is used, not what the allocator keeps.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run([sys.executable, "-c", code, *map(str, (heads, width, chunk, chunks))], capture_output=True, text=True, check=True, env=environment)
+    command = [sys.executable, "-c", _PEAK_ON_CPU, *map(str, numbers)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return int(done.stdout.split()[-1])
 
 
-def _one_attention(heads: int, width: int, chunk: int, chunks: int) -> None:
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    inputs = [torch.randn(1, heads, (2 * chunks - 1) * chunk, width, dtype=dtype, device=device(), requires_grad=True) for _ in range(3)]
-    two_stream_attention(*inputs, *streams(chunk, chunks), Attention()).sum().backward()
-
-
 def linear_parameters(model: torch.nn.Module) -> int:
-    """Parameters of the blocks' token-wise linear layers (those of cross-attention's keys and values, which run over text, left out)."""
-    total = 0
-    for name, parameter in model.named_parameters():
-        if name.startswith("blocks.") and parameter.dim() == 2 and not any(part in name for part in ("attn2.to_k", "attn2.to_v")):
-            total += parameter.numel()
-    return total
+    """Parameters of the blocks' linear layers that run over the clip's tokens: all but cross-attention's k and v."""
+    over_text = ("attn2.to_k", "attn2.to_v")
+    return sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if name.startswith("blocks.") and parameter.dim() == 2 and not any(part in name for part in over_text)
+    )
 
 
-def bench_model(options) -> tuple[list[str], dict]:
-    """A two-stream training step's FLOP/s against that of diffusers' own Wan on as many tokens, no checkpointing, same weights' shapes."""
+def bench_model(options: argparse.Namespace) -> Result:
+    """A two-stream training step's FLOP/s against that of diffusers' Wan, for as many tokens and equal weights."""
     from diffusers import WanTransformer3DModel
 
-    chunks, side, frames_a_chunk = options.chunks, options.side, options.frames
-    settings = config.Model(dim=384, ffn_dim=1536, heads=6, layers=4, text_dim=64, text_len=64, chunk=frames_a_chunk, first_chunk=frames_a_chunk, checkpointing="none")
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    ours = CausalWan(settings).to(device(), dtype)
+    chunks, side, chunk = options.chunks, options.side, options.frames
+    settings = ModelSettings(
+        dim=384, ffn_dim=1536, heads=6, layers=4, text_dim=64, text_len=64, chunk=chunk, first_chunk=chunk,
+        checkpointing="none",
+    )  # fmt: skip
+    ours = CausalWan(settings).to(device(), dtype())
     theirs = WanTransformer3DModel(
-        num_attention_heads=settings.heads, attention_head_dim=settings.dim // settings.heads, in_channels=16, out_channels=16, text_dim=settings.text_dim,
-        freq_dim=settings.freq_dim, ffn_dim=settings.ffn_dim, num_layers=settings.layers,
-    ).to(device(), dtype)  # fmt: skip
-    tokens, clean, own = side * side, (chunks - 1) * frames_a_chunk, chunks * frames_a_chunk
+        num_attention_heads=settings.heads, attention_head_dim=settings.head_dim, in_channels=settings.channels,
+        out_channels=settings.channels, text_dim=settings.text_dim, freq_dim=settings.freq_dim,
+        ffn_dim=settings.ffn_dim, num_layers=settings.layers,
+    ).to(device(), dtype())  # fmt: skip
+    tokens, clean, own = side * side, (chunks - 1) * chunk, chunks * chunk
     frames = clean + own
-    x = torch.randn(1, 16, frames, 2 * side, 2 * side, device=device(), dtype=dtype)
-    text = torch.randn(1, settings.text_len, settings.text_dim, device=device(), dtype=dtype)
-    t = torch.rand(1, own, device=device())
+    x = torch.randn(1, settings.channels, frames, 2 * side, 2 * side, device=device(), dtype=dtype())
+    text = torch.randn(1, settings.text_len, settings.text_dim, device=device(), dtype=dtype())
+    t, timestep = torch.rand(1, own, device=device()), 500 * torch.ones(1, device=device())
 
-    def two_streams():
-        ours(noisy=x[:, :, :own], t=t, history=x[:, :, :clean], text=text, attention=Attention()).float().square().mean().backward()
+    def step_of_ours() -> None:
+        v = ours(noisy=x[:, :, :own], t=t, history=x[:, :, :clean], text=text, attention=Dense())
+        v.float().square().mean().backward()
 
-    def one_stream():
-        theirs(hidden_states=x, timestep=500 * torch.ones(1, device=device()), encoder_hidden_states=text, return_dict=False)[0].float().square().mean().backward()
+    def step_of_theirs() -> None:
+        v = theirs(hidden_states=x, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
+        v.float().square().mean().backward()
 
-    seconds = timed({"two streams": two_streams, "diffusers": one_stream}, options.rounds)
-    linear = 2.0 * linear_parameters(ours) * frames * tokens
-    skipped = 2.0 * (linear_parameters(ours) - 2 * settings.dim**2) / settings.layers * clean * tokens  # the last block's history, but its keys and values
-    cross = 4.0 * settings.dim * settings.text_len * tokens  # a frame and block
-    ours_a_block = attention_flop(settings.heads, settings.dim // settings.heads, frames_a_chunk * tokens, chunks)
-    theirs_a_block = 4.0 * settings.dim * (frames * tokens) ** 2
+    seconds = timed({"two streams": step_of_ours, "diffusers": step_of_theirs}, options.rounds)
+    parameters = linear_parameters(ours)
+    linear = 2.0 * parameters * frames * tokens
+    # The last block makes nothing of history but keys and values.
+    skipped = 2.0 * (parameters - 2 * settings.dim**2) / settings.layers * clean * tokens
+    cross = 4.0 * settings.dim * settings.text_len * tokens  # per frame and block
+    ours_per_block = attention_flop(settings.heads, settings.head_dim, chunk * tokens, chunks)
+    theirs_per_block = 4.0 * settings.dim * (frames * tokens) ** 2
     blocks = settings.layers - 1 + (chunks + 1) / (2 * chunks)  # the last one: N (N + 1) / 2 pairs of chunks, not N^2
     flop = {
-        "two streams": 3 * (linear - skipped + cross * (frames * settings.layers - clean) + ours_a_block * blocks),
-        "diffusers": 3 * (linear + cross * frames * settings.layers + theirs_a_block * settings.layers),
+        "two streams": 3 * (linear - skipped + cross * (frames * settings.layers - clean) + ours_per_block * blocks),
+        "diffusers": 3 * (linear + cross * frames * settings.layers + theirs_per_block * settings.layers),
     }
     rate = {name: flop[name] / seconds[name] for name in seconds}
     figures = {
-        "bench": "model", "device": str(device()), "threads": torch.get_num_threads(), "chunks": chunks, "tokens_per_chunk": frames_a_chunk * tokens,
-        "flop_rate_over_diffusers": rate["two streams"] / rate["diffusers"], "seconds_over_diffusers": seconds["two streams"] / seconds["diffusers"],
+        **machine("model"),
+        "chunks": chunks,
+        "tokens_per_chunk": chunk * tokens,
+        "flop_rate_over_diffusers": rate["two streams"] / rate["diffusers"],
+        "seconds_over_diffusers": seconds["two streams"] / seconds["diffusers"],
         "gflop_per_s": rate["two streams"] / 1e9,
-    }  # fmt: skip
-    lines = [f"a training step, {frames} latent frames of {tokens} tokens, width {settings.dim}, {settings.layers} layers, {dtype}, {device()}"]
-    for name in seconds:
-        lines.append(f"  {name:<12} {seconds[name] * 1e3:9.1f} ms   {flop[name] / 1e9:8.1f} GFLOP   {rate[name] / 1e9:8.1f} GFLOP/s")
-    lines.append(f"  two streams run at {figures['flop_rate_over_diffusers']:.2f} of diffusers' FLOP/s, in {figures['seconds_over_diffusers']:.2f} of its time")
+    }
+    size = f"{frames} latent frames of {tokens} tokens, width {settings.dim}, {settings.layers} layers"
+    lines = [f"a training step, {size}, {dtype()}, {device()}"]
+    for name, value in seconds.items():
+        ms, gflop, gflops = value * 1e3, flop[name] / 1e9, rate[name] / 1e9
+        lines.append(f"  {name:<12} {ms:9.1f} ms   {gflop:8.1f} GFLOP   {gflops:8.1f} GFLOP/s")
+    rate_share, time_share = figures["flop_rate_over_diffusers"], figures["seconds_over_diffusers"]
+    lines.append(f"  two streams run at {rate_share:.2f} of diffusers' FLOP/s, in {time_share:.2f} of its time")
     return lines, figures
 
 
-def bench_step(options) -> tuple[list[str], dict]:
+def bench_step(options: argparse.Namespace) -> Result:
     """The rollout's share of a self-resampling step, one process, no sharding."""
-    settings = config.Model(dim=256, ffn_dim=1024, heads=4, layers=4, text_dim=64, text_len=64, checkpointing="block")
-    model = CausalWan(settings).to(device(), torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-    chunking, stage = Chunking(3, 3), config.Stage(history="autoregressive")
-    figures, lines = {"bench": "step", "device": str(device()), "threads": torch.get_num_threads()}, ["a self-resampling step, with recomputation in backward"]
+    settings = ModelSettings(
+        dim=256, ffn_dim=1024, heads=4, layers=4, text_dim=64, text_len=64, checkpointing="block"
+    )  # fmt: skip
+    model, stage, flow = CausalWan(settings).to(device(), dtype()), Stage(), FlowSettings()
+    figures, lines = machine("step"), ["a self-resampling step, with recomputation in backward"]
+
+    def rollout(batch: Batch) -> object:
+        return make_history(stage.history, batch, stage.attention, model)
+
+    def training_pass(batch: Batch) -> None:
+        history = batch.x[:, :, : batch.history_frames]
+        training_loss(model, batch, history, flow, stage.attention).loss.backward()
+
     for chunks in (7, 21):
-        x = torch.randn(1, 16, 3 * chunks, 2 * options.side, 2 * options.side, device=device())
-        text = torch.randn(1, settings.text_len, settings.text_dim, device=device())
-        draws = draw(0, 0, ["a"], tuple(x.shape[1:]), chunks).to(device())
-        history = x[:, :, : 3 * (chunks - 1)]
-
-        def rollout():
-            make_history(model, x, text, draws, stage, chunking)
-
-        def training():
-            training_loss(model, x, text, history, draws, config.Flow(), stage, chunking).loss.backward()
-
-        seconds = timed({"rollout": rollout, "training": training}, options.rounds)
+        batch = random_batch(settings, chunks, options.side)
+        seconds = timed({"rollout": partial(rollout, batch), "training": partial(training_pass, batch)}, options.rounds)
         share = seconds["rollout"] / sum(seconds.values())
         figures[f"rollout_share_{chunks}"] = share
-        lines.append(f"  {chunks:>2} chunks: rollout {seconds['rollout'] * 1e3:8.1f} ms, training pass {seconds['training'] * 1e3:8.1f} ms, the rollout's share {100 * share:.1f} %")
+        rollout_ms, training_ms = seconds["rollout"] * 1e3, seconds["training"] * 1e3
+        lines.append(
+            f"  {chunks:>2} chunks: rollout {rollout_ms:8.1f} ms, training pass {training_ms:8.1f} ms, "
+            f"the rollout's share {100 * share:.1f} %"
+        )
     return lines, figures
 
 
-def bench_rollout(options) -> tuple[list[str], dict]:
-    """A sharded rollout with parameters held against one that gathers them in every pass, and the training pass after each. Run it under a launcher."""
-    import torch.distributed as dist
+def bench_rollout(options: argparse.Namespace) -> Result:
+    """A sharded rollout that gathers parameters once, against one that gathers them in every pass.
 
-    from rf_train import distributed
-
-    rank, world, where = distributed.start()
-    settings = config.Model(dim=256, ffn_dim=1024, heads=4, layers=8, text_dim=64, text_len=64)
-    recipe = config.Recipe(model=settings, stages=(config.Stage(batch=world),))
-    chunks = min(options.chunks, 7)
-    x, text = torch.randn(1, 16, 3 * chunks, 16, 16, device=where), torch.randn(1, settings.text_len, settings.text_dim, device=where)
-    draws = draw(0, 0, ["a"], tuple(x.shape[1:]), chunks).to(where)
+    And the training pass after each. Run it under a launcher.
+    """
+    ranks = start_ranks()
+    settings = ModelSettings(dim=256, ffn_dim=1024, heads=4, layers=8, text_dim=64, text_len=64)
+    recipe = Recipe(model=settings, stages=(Stage(batch=ranks.world_size),))
+    stage, chunks = recipe.stages[0], min(options.chunks, 7)
+    batch = random_batch(settings, chunks, 8)
+    passes = len(stage.history.rollout_passes(batch.chunk_sizes))
+    gathers = {"once": True, "in every pass": False}
+    engines = {name: build_engine(recipe, ranks) for name in gathers}
     seconds: dict[str, list[float]] = {}
-    engines = {name: distributed.build_engine(recipe, where, world) for name in ("held", "plain")}
-    losses = {}
+    losses: dict[str, list[float]] = {name: [] for name in gathers}
     for turn in range(options.rounds + 3):  # the first three settle ZeRO-3's trace
         for name, engine in engines.items():
             dist.barrier()
             begin = time.perf_counter()
-            with distributed.rollout_model(engine, name == "held") as model:
-                history, _ = make_history(model, x, text, draws, recipe.stages[0], engine.module.chunking)
+            with engine.rollout(passes, gathers[name]) as model:
+                history, _ = make_history(stage.history, batch, stage.attention, model)
             between = time.perf_counter()
-            result = training_loss(distributed.EngineModel(engine), x, text, history, draws, recipe.flow, recipe.stages[0], engine.module.chunking)
+            result = training_loss(engine, batch, history, recipe.flow, stage.attention)
             engine.backward(result.loss)
             engine.step()
             end = time.perf_counter()
-            losses.setdefault(name, []).append(result.loss.item())
+            losses[name].append(result.loss.item())
             if turn >= 3:
-                seconds.setdefault(f"{name} rollout", []).append(between - begin)
-                seconds.setdefault(f"{name} training", []).append(end - between)
+                seconds.setdefault(f"rollout {name}", []).append(between - begin)
+                seconds.setdefault(f"training {name}", []).append(end - between)
     middle = {name: median(values) for name, values in seconds.items()}
+    ratio = {part: middle[f"{part} in every pass"] / middle[f"{part} once"] for part in ("rollout", "training")}
+    difference = max(abs(a - b) for a, b in zip(*losses.values()))
     figures = {
-        "bench": "rollout", "device": str(where), "ranks": world, "chunks": chunks,
-        "rollout_plain_over_held": middle["plain rollout"] / middle["held rollout"], "training_plain_over_held": middle["plain training"] / middle["held training"],
-        "largest_difference_of_loss": max(abs(a - b) for a, b in zip(*losses.values())),
-    }  # fmt: skip
-    lines = [f"a rollout of {chunks} chunks and the training pass after it, {settings.layers} blocks, ZeRO-3 on {world} ranks"]
-    for name in engines:
-        lines.append(f"  {name:<6} rollout {middle[name + ' rollout'] * 1e3:8.1f} ms, training pass {middle[name + ' training'] * 1e3:8.1f} ms")
-    lines.append(f"  plain takes {figures['rollout_plain_over_held']:.2f} x as long for the rollout; losses differ by {figures['largest_difference_of_loss']:.1e} at most")
-    return (lines, figures) if rank == 0 else ([], {})
+        **machine("rollout"),
+        "ranks": ranks.world_size,
+        "chunks": chunks,
+        "rollout_gathered_per_pass_over_once": ratio["rollout"],
+        "training_gathered_per_pass_over_once": ratio["training"],
+        "largest_difference_of_loss": difference,
+    }
+    size = f"{settings.layers} blocks, ZeRO-3 on {ranks.world_size} ranks"
+    lines = [f"a rollout of {chunks} chunks and the training pass after it, {size}"]
+    for name in gathers:
+        rollout_ms, training_ms = middle[f"rollout {name}"] * 1e3, middle[f"training {name}"] * 1e3
+        lines.append(f"  gathered {name:<13} rollout {rollout_ms:8.1f} ms, training pass {training_ms:8.1f} ms")
+    lines.append(
+        f"  gathering in every pass takes {ratio['rollout']:.2f} x as long for the rollout; "
+        f"losses differ by {difference:.1e} at most"
+    )
+    return (lines, figures) if ranks.rank == 0 else ([], {})
 
 
-BENCHES = {"attention": bench_attention, "model": bench_model, "step": bench_step, "rollout": bench_rollout}
+BENCHES: dict[str, Callable[[argparse.Namespace], Result]] = {
+    "attention": bench_attention,
+    "model": bench_model,
+    "step": bench_step,
+    "rollout": bench_rollout,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="rf_train.bench", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="rf_train.bench", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", choices=BENCHES)
     parser.add_argument("--chunks", type=int, default=21)
-    parser.add_argument("--tokens", type=int, default=128, help="attention: tokens a chunk")
+    parser.add_argument("--tokens", type=int, default=128, help="attention: tokens per chunk")
     parser.add_argument("--heads", type=int, default=4, help="attention: heads")
     parser.add_argument("--side", type=int, default=8, help="model, step: a latent frame is side x side tokens")
-    parser.add_argument("--frames", type=int, default=3, help="model: latent frames a chunk")
+    parser.add_argument("--frames", type=int, default=3, help="model: latent frames per chunk")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the launcher
     options = parser.parse_args(arguments)

@@ -5,6 +5,7 @@ With --video FILE the first frames of a real video are kept and continued.
 
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,64 +14,79 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_prep.codecs import dataset_codec
-from data_prep.shards import read_card
+from data_prep.card import card_geometry, read_card
+from data_prep.codecs import Codec, dataset_codec
+from data_prep.geometry import LatentGeometry
 from data_prep.text import dataset_text
 from data_prep.video import read_frames, write_video
-from rf_train import checkpoint, config
-from rf_train.chunks import Attention
-from rf_train.data import check_card
-from rf_train.model import CausalWan, pad_text
-from rf_train.resampling import stage_attention
-from rf_train.sampling import sample_chunks
+from rf_train import config
+from rf_train.config import Recipe
+from rf_train.data.latent_dataset import check_card
+from rf_train.diffusion.sampling import VideoRequest, sample_chunks
+from rf_train.engine import checkpoint
+from rf_train.model.chunks import Attention, Dense, Window
+from rf_train.model.transformer import CausalWan, pad_text
 
 
 @dataclass
 class Generator:
     """A trained model with what stands around it: the codec, and the training data's card."""
 
-    recipe: config.Recipe
+    recipe: Recipe
     model: CausalWan
     step: int
     card: dict
-    cards: dict[str, dict]  # of every stage's dataset, by folder
-    codec: object
+    trained_frames: int  # latent frames of the longest clip trained on
+    codec: Codec
     dataset: Path
     device: torch.device
 
     def embed(self, prompts: list[str]) -> list[Tensor]:
         """The prompts' embeddings, fp32 [L, text_dim], by the text encoder that made the dataset."""
-        text = dataset_text(self.dataset, self.device.type)
-        return [torch.from_numpy(np.asarray(vector, dtype=np.float32)) for vector in text.encode(prompts)]
+        encoder = dataset_text(self.dataset, self.device.type)
+        return [torch.from_numpy(np.asarray(vector, dtype=np.float32)) for vector in encoder.encode(prompts)]
 
     @property
-    def attention(self) -> Attention:
-        """A window as wide as the history seen in training, so that relative positions stay inside it at any length; the last stage's own if that is narrower."""
-        stage, seen = self.recipe.stages[-1], self.trained_chunks - 1
-        if stage.attention == "window" and stage.window + stage.sink <= seen:
-            return stage_attention(stage)
-        return Attention("window", window=seen) if seen else Attention()
-
-    @property
-    def trained_frames(self) -> int:
-        """Latent frames of the longest clip trained on."""
-        return max(stage.frames or self.cards[stage.data or self.recipe.data.train]["latent"]["frames"] for stage in self.recipe.stages)
+    def geometry(self) -> LatentGeometry:
+        return card_geometry(self.card)
 
     @property
     def trained_chunks(self) -> int:
         return len(self.model.chunking.sizes(self.trained_frames))
 
-    def chunks(self, texts: list[Tensor], frames: int, seeds: list[int], given: Tensor | None = None):
-        """Yields latent chunks [B, C, f, H, W] for B captions' embeddings; see `sample_chunks`."""
-        text = pad_text(texts, self.recipe.model).to(self.device)
-        empty = pad_text([torch.tensor(self.card["empty_caption"], dtype=torch.float32)] * len(texts), self.recipe.model).to(self.device)
-        size = self.card["latent"]["height"], self.card["latent"]["width"]
-        given = None if given is None else given.to(self.device)
-        return sample_chunks(self.model, text, empty, frames, size, self.recipe.flow, self.attention, seeds, given)
+    @property
+    def attention(self) -> Attention:
+        """A window as wide as the history seen in training, or the last stage's own window if that is narrower.
+
+        So relative positions stay inside what was trained, at any length.
+        """
+        last, seen = self.recipe.stages[-1].attention, self.trained_chunks - 1
+        if isinstance(last, Window) and last.window + last.sink <= seen:
+            return last
+        return Window(window=seen) if seen else Dense()
+
+    def chunks(
+        self, texts: list[Tensor], frames: int, seeds: list[int], given: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """Yields latent chunks [B, C, f, H, W] for the embeddings of B captions; see `sample_chunks`."""
+        empty = torch.tensor(self.card["empty_caption"], dtype=torch.float32)
+        request = VideoRequest(
+            text=pad_text(texts, self.recipe.model).to(self.device),
+            empty_text=pad_text([empty] * len(texts), self.recipe.model).to(self.device),
+            seeds=seeds,
+            frames=frames,
+            height=self.card["latent"]["height"],
+            width=self.card["latent"]["width"],
+            given=None if given is None else given.to(self.device),
+        )
+        return sample_chunks(self.model, request, self.recipe.flow, self.attention)
 
 
-def open_run(run: str | Path, overrides: list[str] = (), step: int = 0, weights: str = "ema") -> Generator:
-    """Opens a run folder: its recipe with `overrides`, the weights of a checkpoint (0 = newest; "ema" the average, "master" the last) and the codec."""
+def open_run(run: str | Path, overrides: Sequence[str] = (), step: int = 0, weights: str = "ema") -> Generator:
+    """Opens a run: its recipe with `overrides`, the weights of a checkpoint (step 0 = the newest), the codec.
+
+    `weights`: "ema", the average, or "master", the last ones.
+    """
     run = Path(run)
     if not (run / "recipe.yaml").is_file():
         raise ValueError(f"{run}: not a run, it has no recipe.yaml")
@@ -78,9 +94,9 @@ def open_run(run: str | Path, overrides: list[str] = (), step: int = 0, weights:
     folder = checkpoint.at_step(run, step)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = CausalWan(recipe.model)
-    kind = weights if recipe.optimizer.ema > 0 else "master"
-    state = checkpoint.read_weights(folder, kind)
-    wrong = checkpoint.difference({n: list(t.shape) for n, t in state.items()}, {n: list(p.shape) for n, p in model.named_parameters()})
+    state = checkpoint.read_weights(folder, weights if recipe.optimizer.ema > 0 else "master")
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    wrong = checkpoint.shape_differences({name: tensor.shape for name, tensor in state.items()}, shapes)
     if wrong:
         raise ValueError(f"{folder}: the checkpoint does not fit the recipe's model: {wrong}")
     model.load_state_dict(state)
@@ -88,41 +104,67 @@ def open_run(run: str | Path, overrides: list[str] = (), step: int = 0, weights:
     dataset = Path(recipe.data.train or recipe.stages[0].data)
     card = read_card(dataset)
     check_card(card, recipe.model, dataset)
-    cards = {name: read_card(Path(name)) for name in {stage.data or recipe.data.train for stage in recipe.stages if not stage.frames}}
-    return Generator(recipe, model, int(folder.name[5:]), card, cards, dataset_codec(dataset, device.type), dataset, device)
-
-
-def latent_frames(seconds: float, fps: float) -> int:
-    """Latent frames that hold at least `seconds` of video: 1 + 4 (n - 1) frames come from n latent ones."""
-    frames = max(1, round(seconds * fps))
-    return 1 + -(-(frames - 1) // 4)
-
-
-def video_frames(latents: int) -> int:
-    """Video frames that `latents` latent ones stand for: 1 for the first, 4 for each other."""
-    return 1 + 4 * (latents - 1)
+    frames = [stage.frames or read_card(recipe.dataset_of(stage))["latent"]["frames"] for stage in recipe.stages]
+    codec = dataset_codec(dataset, device.type)
+    return Generator(recipe, model, checkpoint.step_of(folder), card, max(frames), codec, dataset, device)
 
 
 def first_frames(generator: Generator, video: str | Path, chunks: int) -> Tensor:
-    """Latent [1, C, F, H, W] of the first `chunks` chunks of a video, or as many whole ones as it has. Raises ValueError when it has none."""
+    """Latent [1, C, F, H, W] of the first `chunks` chunks of a video, or as many whole ones as it has.
+
+    Raises ValueError when it has none.
+    """
     size, fps = generator.card["video"], generator.card["video"]["fps"]
-    wanted = generator.model.chunking.start(chunks)
+    chunking, geometry = generator.model.chunking, generator.geometry
+    wanted = geometry.video_frames(chunking.start(chunks))
     pixels = []
     for frame in read_frames(video, fps, (size["height"], size["width"])):
         pixels.append(frame)
-        if len(pixels) == video_frames(wanted):
+        if len(pixels) == wanted:
             break
-    while chunks > 0 and video_frames(generator.model.chunking.start(chunks)) > len(pixels):
+    while chunks > 0 and geometry.video_frames(chunking.start(chunks)) > len(pixels):
         chunks -= 1
     if chunks == 0:
-        need = video_frames(generator.model.chunking.first)
+        need = geometry.video_frames(chunking.first)
         raise ValueError(f"{video}: {len(pixels)} frames at {fps} fps, the first chunk takes {need}")
-    keep = video_frames(generator.model.chunking.start(chunks))
-    return torch.from_numpy(generator.codec.encode(np.stack(pixels[:keep])))[None]
+    kept = geometry.video_frames(chunking.start(chunks))
+    return torch.from_numpy(generator.codec.encode(np.stack(pixels[:kept])))[None]
+
+
+def generate(options: argparse.Namespace) -> str:
+    """Writes the video that the command line asks for. Returns the line that says what was made."""
+    generator = open_run(options.run, options.overrides, options.step)
+    fps = generator.card["video"]["fps"]
+    pixel_frames = max(1, round(options.seconds * fps))
+    frames = generator.geometry.latent_frames(pixel_frames)
+    given = first_frames(generator, options.video, options.given_chunks) if options.video else None
+    if given is not None and given.shape[2] >= frames:
+        taken = f"the {given.shape[2]} latent frames taken from {options.video}"
+        raise ValueError(f"--seconds {options.seconds} is not longer than {taken}")
+    chunks = generator.chunks(generator.embed([options.prompt]), frames, [options.seed], given)
+    total = len(generator.model.chunking.sizes(frames))
+    latent = torch.cat(list(tqdm(chunks, total=total, unit="chunk", desc="generate")), dim=2)[0]
+    pixels = generator.codec.decode(latent.cpu().numpy())[:pixel_frames]
+    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+    write_video(options.out, pixels, fps)
+    trained = generator.geometry.video_frames(generator.trained_frames) / fps
+    return f"{options.out}: {len(pixels)} frames, {len(pixels) / fps:.2f} s (trained on clips of {trained:.2f} s)"
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises ValueError for options that can't be meant."""
+    if not options.prompt and not options.video:
+        raise ValueError("give --prompt TEXT, --video FILE or both")
+    if options.seconds <= 0:
+        raise ValueError(f"--seconds {options.seconds}: must be positive")
+    if options.given_chunks < 1:
+        raise ValueError(f"--given-chunks {options.given_chunks}: must be at least 1")
+    if Path(options.out).suffix != ".mp4":
+        raise ValueError(f"{options.out}: the output is an .mp4 file")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="rf_train.generate", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="rf_train.generate", description="Makes a video with a trained run.")
     parser.add_argument("run", help="a folder written by rf_train.train")
     parser.add_argument("out", help="the mp4 to write")
     parser.add_argument("--prompt", default="", help="what the video shows")
@@ -134,30 +176,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings, e.g. flow.guidance=3")
     options = parser.parse_intermixed_args(arguments)
     try:
-        if not options.prompt and not options.video:
-            raise ValueError("give --prompt TEXT, --video FILE or both")
-        if options.seconds <= 0:
-            raise ValueError(f"--seconds {options.seconds}: must be positive")
-        if options.given_chunks < 1:
-            raise ValueError(f"--given-chunks {options.given_chunks}: must be at least 1")
-        if Path(options.out).suffix != ".mp4":
-            raise ValueError(f"{options.out}: the output is an .mp4 file")
-        generator = open_run(options.run, options.overrides, options.step)
-        given = first_frames(generator, options.video, options.given_chunks) if options.video else None
-        fps = generator.card["video"]["fps"]
-        frames = latent_frames(options.seconds, fps)
-        if given is not None and given.shape[2] >= frames:
-            raise ValueError(f"--seconds {options.seconds} is not longer than the {given.shape[2]} latent frames taken from {options.video}")
-        chunks = generator.chunks(generator.embed([options.prompt]), frames, [options.seed], given)
-        total = len(generator.model.chunking.sizes(frames))
-        latent = torch.cat(list(tqdm(chunks, total=total, unit="chunk", desc="generate")), dim=2)[0]
-        pixels = generator.codec.decode(latent.cpu().numpy())[: max(1, round(options.seconds * fps))]
-        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-        write_video(options.out, pixels, fps)
+        check_options(options)
+        print(generate(options))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{options.out}: {len(pixels)} frames, {len(pixels) / fps:.2f} s (trained on clips of {video_frames(generator.trained_frames) / fps:.2f} s)")
     return 0
 
 

@@ -1,83 +1,180 @@
-"""Every figure of a run: `metrics.jsonl`, a progress bar on rank 0, and wandb in the mode that the recipe sets."""
+"""What is measured in every training step.
 
-import json
-import math
-import time
-from pathlib import Path
+One entry per metric in `METRICS`: its name, how it is summed, how it is drawn. To add one, write an entry here. Summing
+over micro-steps and ranks, `metrics.jsonl`, wandb and the report read the entries.
+"""
 
-from tqdm import tqdm
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
-from rf_train import config
+import torch
+from torch import Tensor
 
+from rf_train.diffusion.batch import Batch
+from rf_train.diffusion.flow_matching import mean_by_chunk
+from rf_train.diffusion.loss import VelocityLoss
+from rf_train.engine.collectives import gather_lines, sum_over_ranks
 
-class Metrics:
-    """Rank 0 writes; on other ranks every call does nothing."""
+LEVEL_BINS = 10  # of noise levels: [0, 1] in equal parts
 
-    def __init__(self, recipe: config.Recipe, first_step: int, rank: int):
-        self.active = rank == 0
-        if not self.active:
-            return
-        out = Path(recipe.run.out)
-        self.path = out / "metrics.jsonl"
-        keep_before(self.path, first_step)
-        self.file = open(self.path, "a", buffering=1)
-        self.bar = tqdm(total=recipe.steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1, mininterval=0.5)
-        self.wandb = None
-        if recipe.run.wandb != "disabled":
-            import wandb
-
-            self.wandb = wandb.init(
-                project=recipe.run.wandb_project, name=out.name, id=None, dir=str(out), mode=recipe.run.wandb, config=config.to_dict(recipe),
-                settings=wandb.Settings(silent=True, console="off"),
-            )  # fmt: skip
-        self.clock = time.perf_counter()
-
-    def log(self, step: int, stage: str, samples: int, figures: dict) -> None:
-        """Figures of the finished 0-based `step`, which took `samples` clips. Numbers, or lists of numbers; None for what could not be measured."""
-        if not self.active:
-            return
-        now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
-        row = {"step": step + 1, "stage": stage, "seconds": seconds, "samples_per_s": samples / seconds, **figures}
-        row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}  # JSON has no NaN
-        self.file.write(json.dumps(row, allow_nan=False) + "\n")
-        self.bar.update()
-        loss = "none" if row["loss"] is None else f"{row['loss']:.4f}"
-        self.bar.set_postfix_str(f"{stage} loss {loss} {row['samples_per_s']:.1f} samples/s", refresh=False)
-        if self.wandb is not None:
-            flat = {k: v for k, v in row.items() if not isinstance(v, list)}
-            flat.update({f"{k}/{i}": v for k, vs in row.items() if isinstance(vs, list) for i, v in enumerate(vs)})
-            self.wandb.log({k: v for k, v in flat.items() if v is not None}, step=step + 1)
-
-    def say(self, text: str) -> None:
-        """A line above the progress bar."""
-        if self.active:
-            self.bar.write(text)
-
-    def close(self) -> None:
-        if self.active:
-            self.bar.close()
-            self.file.close()
-            if self.wandb is not None:
-                self.wandb.finish()
+Value = float | int | None | list[float | None] | list[int]
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line that was cut by a crash is left out."""
-    rows = []
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-    return rows
+@dataclass(frozen=True)
+class MicroStepResult:
+    """What one replica's micro-batch of B clips in N chunks has to tell."""
+
+    x: Tensor  # [B, C, F, H, W] the clean clips
+    history: Tensor | None  # [B, C, F', H, W] the history that the loss was conditioned on
+    history_level: Tensor  # [B] the noise level that each clip's history was made from; 0 = the truth
+    loss_by_chunk: Tensor  # [B, N]
+    t: Tensor  # [B, N] noise levels of the noisy chunks
+    chunk_sizes: list[int]
+
+    @classmethod
+    def of(cls, batch: Batch, history: Tensor | None, level: Tensor, loss: VelocityLoss) -> "MicroStepResult":
+        return cls(batch.x, history, level, loss.by_chunk, loss.t, batch.chunk_sizes)
+
+    @property
+    def finite(self) -> Tensor:
+        """bool [B]: the clips whose loss is finite."""
+        return self.loss_by_chunk.isfinite().all(dim=1)
+
+    def only(self, clips: Tensor) -> "MicroStepResult":
+        """The same of the clips where bool [B] `clips` is true."""
+        names = ("x", "history", "history_level", "loss_by_chunk", "t")
+        tensors = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: x[clips] for name, x in tensors.items() if x is not None})
 
 
-def keep_before(path: Path, first_step: int) -> None:
-    """Drops rows of steps that are about to be done again."""
-    rows = [row for row in read_metrics(path) if row["step"] <= first_step]
-    if path.is_file():
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        temporary.replace(path)
+class Sums(NamedTuple):
+    """What a micro-batch adds to a metric: totals, and how many values each is of.
+
+    Without counts the totals are the metric.
+    """
+
+    totals: Tensor
+    counts: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Plot:
+    """How the report draws a metric that is a list."""
+
+    title: str
+    y: str
+    x: Literal["chunk", "noise level"] = "chunk"
+    style: Literal["line", "density"] = "line"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric.
+
+    `sums` gets the clips whose loss is finite; its totals are fp64: a scalar, or one number per chunk or bin.
+    """
+
+    name: str
+    sums: Callable[[MicroStepResult], Sums]
+    plot: Plot | None = None
+
+
+def over_clips(values: Tensor) -> Sums:
+    """For the mean over clips of [B] or [B, N] values."""
+    totals = values.double().sum(0)
+    return Sums(totals, torch.full_like(totals, len(values)))
+
+
+def by_level(levels: Tensor, values: Tensor) -> Sums:
+    """For the means of values by their noise level, both of the same shape: LEVEL_BINS numbers."""
+    bins = (levels.double() * LEVEL_BINS).long().clamp(0, LEVEL_BINS - 1).flatten()
+    empty = torch.zeros(LEVEL_BINS, dtype=torch.float64, device=levels.device)
+    values = values.double().flatten()
+    return Sums(empty.index_add(0, bins, values), empty.index_add(0, bins, torch.ones_like(values)))
+
+
+def history_error(result: MicroStepResult) -> Tensor:
+    """[B, N - 1]: root mean square distance of x~ from x by chunk."""
+    if result.history is None:
+        return result.x.new_zeros(len(result.x), 0)
+    clean = result.x[:, :, : result.history.shape[2]]
+    square = (result.history.float() - clean).square().mean(dim=(1, 3, 4))
+    return mean_by_chunk(square, result.chunk_sizes[:-1]).sqrt()
+
+
+def _history_levels(result: MicroStepResult) -> Tensor:
+    """The noise levels of the clips whose history isn't the truth itself."""
+    return result.history_level[result.history_level > 0]
+
+
+def _level_counts(result: MicroStepResult) -> Sums:
+    levels = _history_levels(result)
+    counts = by_level(levels, levels).counts
+    assert counts is not None
+    return Sums(counts)
+
+
+METRICS = (
+    Metric("loss_by_chunk", lambda r: over_clips(r.loss_by_chunk), Plot("loss by chunk", "loss")),
+    Metric(
+        "history_error_by_chunk",
+        lambda r: over_clips(history_error(r)),
+        Plot("how far training's history is from the truth", "rms of x\u0303 - x"),
+    ),
+    Metric(
+        "loss_by_t",
+        lambda r: by_level(r.t, r.loss_by_chunk),
+        Plot("loss by noise level", "loss", x="noise level"),
+    ),
+    Metric("t_s", lambda r: over_clips(_history_levels(r))),
+    Metric(
+        "t_s_histogram",
+        _level_counts,
+        Plot("noise levels that history was made from", "density", x="noise level", style="density"),
+    ),
+)
+
+
+class StepMetrics:
+    """The metrics of one step, summed over its micro-steps, then over ranks in one reduction."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Sums] = {}
+        self._clips = torch.zeros(2, dtype=torch.float64)  # with a finite loss, and without
+        self._not_finite: list[str] = []
+
+    def add(self, ids: list[str], result: MicroStepResult) -> None:
+        """Adds one micro-batch. Clips whose loss isn't finite are left out of everything but their number and names."""
+        finite = result.finite
+        good = finite.sum()
+        self._clips = self._clips.to(finite.device) + torch.stack([good, len(ids) - good])
+        self._not_finite += [name for name, ok in zip(ids, finite.tolist()) if not ok]
+        for metric in METRICS:
+            sums, before = metric.sums(result.only(finite)), self._sums.get(metric.name)
+            if before is not None:
+                pairs = zip(before, sums)
+                sums = Sums(*(None if a is None or b is None else a + b for a, b in pairs))  # type: ignore[arg-type]
+            self._sums[metric.name] = sums
+
+    def reduced(self, sequence_parallel_size: int) -> dict[str, Value]:
+        """The metrics over all ranks, on every rank. What has no clips to be measured on is None."""
+        tensors = [self._clips, *(tensor for sums in self._sums.values() for tensor in sums if tensor is not None)]
+        total = sum_over_ranks(torch.cat([tensor.flatten() for tensor in tensors])) / sequence_parallel_size
+        clips, *parts = total.split([tensor.numel() for tensor in tensors])
+        values: dict[str, Value] = {}
+        for name, sums in self._sums.items():
+            totals = parts.pop(0).tolist()
+            if sums.counts is None:
+                found: list = [round(value) for value in totals]
+            else:
+                found = [value / count if count else None for value, count in zip(totals, parts.pop(0).tolist())]
+            values[name] = found if sums.totals.dim() else found[0]
+        by_chunk = values["loss_by_chunk"]
+        assert isinstance(by_chunk, list)
+        loss = sum(by_chunk) / len(by_chunk) if clips[0] else None  # type: ignore[arg-type]
+        return {"loss": loss, **values, "clips_not_finite": round(clips[1].item())}
+
+    def clips_not_finite(self) -> list[str]:
+        """The ids of the clips, on all ranks, whose loss isn't finite, in alphabetical order. A collective."""
+        return sorted(set(gather_lines(self._not_finite)))

@@ -1,7 +1,8 @@
 """One self-contained page on one or more runs:  python -m rf_train.report RUN [RUN ...]
 
-Loss by stage, quality by segment of the long videos, the runs side by side, and the videos themselves. Written to the first run's
-`report.html`; plots are inline SVG, videos are inline mp4, and nothing is loaded from outside.
+Loss by stage, quality by segment of the long videos, the runs side by side, and the videos themselves. Written to the
+first run's `report.html`. Plots are inline SVG, videos are inline mp4, and nothing is loaded from outside. With
+--picture FILE.png, frames of the videos side by side are written as one picture, too.
 """
 
 import argparse
@@ -10,44 +11,90 @@ import html
 import io
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
+from PIL import Image
 
-from rf_train import checkpoint, config
-from rf_train.evaluate import FIGURES
-from rf_train.metrics import read_metrics
+from data_prep.files import write_atomic
+from data_prep.video import read_frames
+from rf_train import config
+from rf_train.metrics import METRICS, Metric
+from rf_train.run_log import read_rows
+from rf_train.video_metrics import VIDEO_METRICS
 
 COLOURS = ("#0b6bcb", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#0e7490")
+GREY = "#8c959f"
 
 STYLE = """
-:root { color-scheme: light; } body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #d8dee4; padding-bottom: .3rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; } th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #eaeef2; }
-th:first-child, td:first-child { text-align: left; } .note { color: #57606a; } svg { max-width: 100%; height: auto; } figure { margin: 0; }
-.clips { display: grid; gap: .6rem; align-items: start; margin-bottom: 1.4rem; } .clips video { width: 100%; image-rendering: pixelated; border-radius: 4px; background: #000; }
-.clips figcaption { font-size: .85rem; } .dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .4em; }
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: 0; }
+h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #d8dee4; padding-bottom: .3rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #eaeef2; }
+th:first-child, td:first-child { text-align: left; }
+.note { color: #57606a; } svg { max-width: 100%; height: auto; } figure { margin: 0; }
+.clips { display: grid; gap: .6rem; align-items: start; margin-bottom: 1.4rem; }
+.clips video { width: 100%; image-rendering: pixelated; border-radius: 4px; background: #000; }
+.clips figcaption { font-size: .85rem; }
+.dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .4em; }
 """
 
 
 class RunRecord:
     """What a run's folder tells: recipe, metrics and, when it was evaluated, its evaluation."""
 
-    def __init__(self, folder: str):
-        self.folder = Path(folder)
+    def __init__(self, folder: str, colour: str):
+        self.folder, self.colour = Path(folder), colour
         if not (self.folder / "recipe.yaml").is_file():
             raise ValueError(f"{folder}: not a run, it has no recipe.yaml")
         self.name = self.folder.resolve().name
         self.recipe = config.from_dict(yaml.safe_load((self.folder / "recipe.yaml").read_text()))
-        self.rows = read_metrics(self.folder / "metrics.jsonl")
+        self.rows = read_rows(self.folder / "metrics.jsonl")
         if not self.rows:
             raise ValueError(f"{folder}: its metrics.jsonl holds no steps yet")
         self.rows = [row for row in self.rows if row["loss"] is not None]
         if not self.rows:
             raise ValueError(f"{folder}: its metrics.jsonl holds no step with a finite loss")
         path = self.folder / "evaluation" / "evaluation.json"
-        self.evaluation = json.loads(path.read_text()) if path.is_file() else None
+        self.evaluation: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def rows_between(self, begin: int, end: int) -> list[dict]:
+        """The rows of steps begin + 1 .. end."""
+        return [row for row in self.rows if begin < row["step"] <= end]
+
+    @property
+    def last_rows(self) -> list[dict]:
+        """The last fifth of the last stage's rows."""
+        rows = [row for row in self.rows if row["stage"] == self.rows[-1]["stage"]]
+        return rows[-max(1, len(rows) // 5) :]
+
+
+# ---- plots
+
+
+def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    # A dollar sign in a name is no formula.
+    style = {"svg.fonttype": "none", "svg.hashsalt": "rf_train", "font.size": 9, "text.parse_math": False}
+    matplotlib.rcParams.update({**style, "axes.spines.top": False, "axes.spines.right": False})
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def svg(figure: Any) -> str:
+    """A matplotlib figure as inline SVG, the same for the same figure: fonts are the page's, and it carries no date."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
 
 
 def smooth(values: list[float], width: int) -> np.ndarray:
@@ -58,61 +105,6 @@ def smooth(values: list[float], width: int) -> np.ndarray:
     return (total[end] - total[begin]) / (end - begin)
 
 
-def svg(figure) -> str:
-    """A matplotlib figure as inline SVG, with text as paths' own fonts left to the page."""
-    text = io.StringIO()
-    figure.savefig(text, format="svg", bbox_inches="tight")
-    return text.getvalue()[text.getvalue().index("<svg") :]
-
-
-def loss_plot(runs: list[RunRecord]) -> str:
-    figure, axes = _figure(10, 3.6)
-    for run, colour in zip(runs, COLOURS):
-        steps, loss = [row["step"] for row in run.rows], [row["loss"] for row in run.rows]
-        axes.plot(steps, loss, color=colour, alpha=0.15, linewidth=0.7)
-        for position, (stage, begin, end) in enumerate(stage_spans(run)):
-            part = [(s, v) for s, v in zip(steps, loss) if begin < s <= end]
-            if part:
-                x, y = zip(*part)
-                axes.plot(x, smooth(list(y), max(1, len(y) // 20)), color=colour, linewidth=1.8, label=run.name if position == _first_shown(run) else None)
-    for stage, begin, end in stage_spans(runs[0]):
-        axes.axvline(end, color="#8c959f", linewidth=0.7, linestyle=":")
-        axes.text((begin + end) / 2, 1.01, stage.name.replace("_", " "), ha="center", va="bottom", fontsize=9, color="#57606a", transform=axes.get_xaxis_transform())
-    high = np.percentile([row["loss"] for run in runs for row in run.rows], 98)
-    axes.set(xlabel="step", ylabel="loss", ylim=(0, high * 1.05))
-    axes.legend(frameon=False)
-    return svg(figure)
-
-
-def chunk_plot(runs: list[RunRecord]) -> str:
-    """Loss and history error by chunk position, loss by noise level and the levels t_s, over the last fifth of each run's last stage."""
-    figure, ((left, right), (by_t, levels)) = _figure(10, 6.0, columns=2, rows=2)
-    for run, colour in zip(runs, COLOURS):
-        last = [row for row in run.rows if row["stage"] == run.rows[-1]["stage"]]
-        last = last[-max(1, len(last) // 5) :]
-        for axes, key in ((left, "loss_by_chunk"), (right, "history_error_by_chunk")):
-            mean = means([row[key] for row in last])
-            axes.plot(np.arange(1, len(mean) + 1), mean, color=colour, marker="o", markersize=3, label=run.name)
-        if "loss_by_t" in last[-1]:
-            mean = means([row["loss_by_t"] for row in last])
-            middle = (np.arange(len(mean)) + 0.5) / len(mean)
-            by_t.plot(middle, mean, color=colour, marker="o", markersize=3)
-            counts = np.sum([row["t_s_histogram"] for row in last], axis=0)
-            if any(row["t_s"] for row in last):  # clean history has no level
-                levels.stairs(counts * len(counts) / max(counts.sum(), 1), np.linspace(0, 1, len(counts) + 1), color=colour)
-    left.set(xlabel="chunk", ylabel="loss", title="loss by chunk")
-    right.set(xlabel="chunk", ylabel="rms of x\u0303 - x", title="how far training's history is from the truth")
-    by_t.set(xlabel="noise level t", ylabel="loss", title="loss by noise level")
-    levels.set(xlabel="t_s", ylabel="density", title="levels that history was resampled from")
-    for axes in (left, right, by_t, levels):
-        axes.set_ylim(0, 1.1 * max(axes.get_ylim()[1], 1e-3))
-    for axes in (left, right):
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    right.legend(frameon=False)
-    figure.tight_layout()
-    return svg(figure)
-
-
 def means(rows: list[list]) -> np.ndarray:
     """Means by position of rows of numbers, in which None is nothing measured."""
     with np.errstate(invalid="ignore"):
@@ -120,97 +112,165 @@ def means(rows: list[list]) -> np.ndarray:
         return np.nansum(values, axis=0) / np.isfinite(values).sum(axis=0)
 
 
-def history_table(runs: list[RunRecord]) -> str:
-    """How far the history that training reads is from what a fine solver would make, by chunk."""
-    rows = []
+def loss_plot(runs: list[RunRecord]) -> str:
+    figure, ((axes,),) = new_figure(10, 3.6)
     for run in runs:
-        h = run.evaluation.get("history")
-        if h:
-            for key, text in (("solver", f"{h['solver_steps']} solver step(s) to {h['fine_solver_steps']}"), ("truth", f"{h['solver_steps']} step(s) to the truth"), ("truth_fine", f"{h['fine_solver_steps']} steps to the truth")):
-                rows.append([f"{run.name}: {text}"] + [f"{value:.3f}" for value in h[key]])
-    if not rows:
-        return ""
-    width = max(len(row) for row in rows)
-    note = "<p>The history that training reads, made from held-out clips with the trained weights: root mean square distances by chunk.</p>"
-    return note + _table(["x\u0303"] + [f"chunk {n}" for n in range(1, width)], [row + [""] * (width - len(row)) for row in rows])
+        steps, loss = [row["step"] for row in run.rows], [row["loss"] for row in run.rows]
+        axes.plot(steps, loss, color=run.colour, alpha=0.15, linewidth=0.7)
+        label: str | None = run.name
+        for _, begin, end in run.recipe.stage_spans:
+            rows = run.rows_between(begin, end)
+            if rows:
+                smoothed = smooth([row["loss"] for row in rows], max(1, len(rows) // 20))
+                axes.plot([row["step"] for row in rows], smoothed, color=run.colour, linewidth=1.8, label=label)
+                label = None
+    for stage, begin, end in runs[0].recipe.stage_spans:
+        axes.axvline(end, color=GREY, linewidth=0.7, linestyle=":")
+        name, place = stage.name.replace("_", " "), {"ha": "center", "va": "bottom"}
+        transform = axes.get_xaxis_transform()
+        axes.text((begin + end) / 2, 1.01, name, fontsize=9, color="#57606a", transform=transform, **place)
+    high = np.percentile([row["loss"] for run in runs for row in run.rows], 98)
+    axes.set(xlabel="step", ylabel="loss", ylim=(0, high * 1.05))
+    axes.legend(frameon=False)
+    return svg(figure)
+
+
+def metric_plots(runs: list[RunRecord]) -> str:
+    """Every step metric that has a plot, over the last fifth of each run's last stage."""
+    drawn = [metric for metric in METRICS if metric.plot is not None]
+    columns = 2
+    count = -(-len(drawn) // columns)
+    figure, grid = new_figure(10, 3 * count, columns, count)
+    for axes, metric in zip(grid.flat, drawn):
+        draw_metric(axes, metric, runs)
+    for axes in grid.flat[len(drawn) :]:
+        axes.axis("off")
+    grid.flat[0].legend(frameon=False)
+    figure.tight_layout()
+    return svg(figure)
+
+
+def draw_metric(axes: Any, metric: Metric, runs: list[RunRecord]) -> None:
+    plot = metric.plot
+    assert plot is not None
+    for run in runs:
+        rows = [row[metric.name] for row in run.last_rows if row.get(metric.name)]
+        if not rows:
+            continue
+        if plot.style == "density":
+            counts = np.sum(rows, axis=0)
+            if counts.sum():
+                edges = np.linspace(0, 1, len(counts) + 1)
+                axes.stairs(counts * len(counts) / counts.sum(), edges, color=run.colour, label=run.name)
+            continue
+        mean = means(rows)
+        x = np.arange(1, len(mean) + 1) if plot.x == "chunk" else (np.arange(len(mean)) + 0.5) / len(mean)
+        axes.plot(x, mean, color=run.colour, marker="o", markersize=3, label=run.name)
+    if plot.x == "chunk":
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel=plot.x, ylabel=plot.y, title=plot.title)
+    axes.set_ylim(0, 1.1 * max(axes.get_ylim()[1], 1e-3))
 
 
 def quality_plot(runs: list[RunRecord]) -> str:
-    names = list(FIGURES)
-    figure, grid = _figure(10, 5.2, columns=3, rows=2)
-    for axes, name in zip(grid.flat, names):
-        for position, (run, colour) in enumerate(zip(runs, COLOURS)):
-            cells = run.evaluation["figures"][name]
-            middle = [sum(span) / 2 for span in run.evaluation["segments_seconds"]]
+    figure, grid = new_figure(10, 5.2, columns=3, rows=2)
+    for axes, metric in zip(grid.flat, VIDEO_METRICS):
+        for position, run in enumerate(runs):
+            cells = run.evaluation["metrics"][metric.name]
             shift = 0.12 * (position - (len(runs) - 1) / 2)
-            axes.errorbar([m + shift for m in middle], [c["mean"] for c in cells], [c["std"] for c in cells], color=colour, marker="o", markersize=4, capsize=3, label=run.name)
-        axes.axvline(run.evaluation["trained_seconds"], color="#8c959f", linewidth=0.8, linestyle=":")
-        if FIGURES[name][0] == "near 1":
-            axes.axhline(1, color="#8c959f", linewidth=0.8)
-        axes.set_title(f"{name.replace('_', ' ')} ({FIGURES[name][0]})", fontsize=10)
+            middle = [sum(span) / 2 + shift for span in run.evaluation["segments_seconds"]]
+            mean, std = [c["mean"] for c in cells], [c["std"] for c in cells]
+            style = {"marker": "o", "markersize": 4, "capsize": 3, "label": run.name}
+            axes.errorbar(middle, mean, std, color=run.colour, **style)
+        axes.axvline(run.evaluation["trained_seconds"], color=GREY, linewidth=0.8, linestyle=":")
+        if metric.better == "near 1":
+            axes.axhline(1, color=GREY, linewidth=0.8)
+        axes.set_title(f"{metric.title} ({metric.better})", fontsize=10)
         axes.set_xlabel("seconds")
-    for axes in list(grid.flat)[len(names) :]:
+    for axes in list(grid.flat)[len(VIDEO_METRICS) :]:
         axes.axis("off")
         axes.legend(*grid.flat[0].get_legend_handles_labels(), frameon=False, loc="center")
     figure.tight_layout()
     return svg(figure)
 
 
-def _figure(width: float, height: float, columns: int = 1, rows: int = 1):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "rf_train", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure = Figure(figsize=(width, height))
-    return figure, figure.subplots(rows, columns)
+# ---- tables
 
 
-def stage_spans(run: RunRecord) -> list[tuple[config.Stage, int, int]]:
-    """(stage, steps before it, steps at its end)."""
-    spans, done = [], 0
-    for stage in run.recipe.stages:
-        spans.append((stage, done, done + stage.steps))
-        done += stage.steps
-    return spans
+def html_table(heads: list[str], rows: list[list[str]]) -> str:
+    def line(tag: str, cells: Iterable[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
 
-
-def _first_shown(run: RunRecord) -> int:
-    first = run.rows[0]["step"]
-    return next(position for position, (_, _, end) in enumerate(stage_spans(run)) if first <= end)
+    return "<table>" + line("th", heads) + "".join(line("td", row) for row in rows) + "</table>"
 
 
 def stage_table(run: RunRecord) -> str:
     rows = []
-    for stage, begin, end in stage_spans(run):
-        part = [row for row in run.rows if begin < row["step"] <= end]
+    for stage, begin, end in run.recipe.stage_spans:
+        part = run.rows_between(begin, end)
+        kinds = [stage.name, stage.history.label, describe_attention(stage)]
         if not part:
-            rows.append([stage.name, stage.history, stage.attention, f"{begin + 1}-{end}", "from the run it starts from" if run.recipe.start.run else "not run yet", "", "", ""])
+            reason = "from the run it starts from" if run.recipe.start.run else "not run yet"
+            rows.append([*kinds, f"{begin + 1}-{end}", reason, "", "", ""])
             continue
         tenth = max(1, len(part) // 10)
-        mean = lambda rows, key: float(np.mean([row[key] for row in rows]))
+        first, last = (float(np.mean([row["loss"] for row in some])) for some in (part[:tenth], part[-tenth:]))
+        speed = float(np.median([row["samples_per_s"] for row in part]))
+        rollout = float(np.mean([row["rollout_share"] for row in part]))
         rows.append([
-            stage.name, stage.history, stage.attention + (f" k={stage.k}" if stage.attention == "routed" else ""), f"{part[0]['step']}-{part[-1]['step']}",
-            f"{mean(part[:tenth], 'loss'):.4f} \u2192 {mean(part[-tenth:], 'loss'):.4f}", f"{np.median([row['samples_per_s'] for row in part]):.1f}",
-            f"{100 * mean(part, 'rollout_share'):.0f} %", f"{sum(row['seconds'] for row in part) / 60:.1f} min",
+            *kinds,
+            f"{part[0]['step']}-{part[-1]['step']}",
+            f"{first:.4f} → {last:.4f}",
+            f"{speed:.1f}",
+            f"{100 * rollout:.0f} %",
+            f"{sum(row['seconds'] for row in part) / 60:.1f} min",
         ])  # fmt: skip
-    return _table(["stage", "history", "attention", "steps", "loss, first and last tenth", "samples/s", "rollout's share", "time"], rows)
+    loss = "loss, first and last tenth"
+    heads = ["stage", "history", "attention", "steps", loss, "samples/s", "rollout's share", "time"]
+    return html_table(heads, rows)
+
+
+def describe_attention(stage: config.Stage) -> str:
+    """The kind and its settings, such as "routed (top_k 5)"."""
+    settings = ", ".join(f"{name} {value}" for name, value in vars(stage.attention).items())
+    return f"{stage.attention.kind} ({settings})" if settings else stage.attention.kind
 
 
 def quality_table(runs: list[RunRecord]) -> str:
-    heads = [f"{begin:.1f}\u2013{end:.1f} s" for begin, end in runs[0].evaluation["segments_seconds"]]
+    heads = [f"{begin:.1f}–{end:.1f} s" for begin, end in runs[0].evaluation["segments_seconds"]]
     rows = []
-    for name, (better, _) in FIGURES.items():
+    for metric in VIDEO_METRICS:
         for run in runs:
-            cells = run.evaluation["figures"][name]
-            rows.append([f"{name.replace('_', ' ')} ({better}): {run.name}"] + [f"{c['mean']:.3f} \u00b1 {c['std']:.3f}" for c in cells])
-    return _table(["figure"] + heads, rows)
+            cells = [f"{cell['mean']:.3f} ± {cell['std']:.3f}" for cell in run.evaluation["metrics"][metric.name]]
+            rows.append([f"{metric.title} ({metric.better}): {run.name}", *cells])
+    return html_table(["metric", *heads], rows)
 
 
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    line = lambda tag, cells: "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-    return "<table>" + line("th", heads) + "".join(line("td", row) for row in rows) + "</table>"
+def history_table(runs: list[RunRecord]) -> str:
+    """How far the history that training reads is from what a fine solver would make, by chunk."""
+    rows = []
+    for run in runs:
+        history = run.evaluation.get("history")
+        if not history:
+            continue
+        steps, fine = history["solver_steps"], history["fine_solver_steps"]
+        titles = {
+            "solver": f"{steps} solver step(s) to {fine}",
+            "truth": f"{steps} step(s) to the truth",
+            "truth_fine": f"{fine} steps to the truth",
+        }
+        for key, title in titles.items():
+            rows.append([f"{run.name}: {title}", *(f"{value:.3f}" for value in history[key])])
+    if not rows:
+        return ""
+    width = max(len(row) for row in rows)
+    heads = ["x\u0303", *(f"chunk {n}" for n in range(1, width))]
+    padded = [row + [""] * (width - len(row)) for row in rows]
+    made = "The history that training reads, made from held-out clips with the trained weights: "
+    return f"<p>{made}root mean square distances by chunk.</p>" + html_table(heads, padded)
+
+
+# ---- videos
 
 
 def video_tag(path: Path) -> str:
@@ -218,70 +278,124 @@ def video_tag(path: Path) -> str:
     return f'<video controls loop muted autoplay playsinline src="data:video/mp4;base64,{data}"></video>'
 
 
-def clip_grid(runs: list[RunRecord]) -> str:
-    """A row a clip: the truth, then each run's continuation."""
-    first, parts = runs[0], []
+def clip_rows(runs: list[RunRecord]) -> list[tuple[str, list[tuple[str, Path]]]]:
+    """For each clip whose video was kept: its caption, and the videos of the truth and of each run, by name."""
+    first, found = runs[0], []
     for position, row in enumerate(first.evaluation["rows"]):
         if "video" not in row:
             continue
-        cells = [("truth", first.folder / "evaluation" / row["truth"])]
+        videos = [("truth", first.folder / "evaluation" / row["truth"])]
         for run in runs:
-            other = run.evaluation["rows"][position] if position < len(run.evaluation["rows"]) else {}
+            rows = run.evaluation["rows"]
+            other = rows[position] if position < len(rows) else {}
             if other.get("clip") == row["clip"] and "video" in other:
-                cells.append((run.name, run.folder / "evaluation" / other["video"]))
-        figures = "".join(f"<figure>{video_tag(path)}<figcaption>{html.escape(name)}</figcaption></figure>" for name, path in cells if path.is_file())
-        parts.append(f'<p class="note">{html.escape(row["caption"] or row["clip"])}</p><div class="clips" style="grid-template-columns: repeat({len(cells)}, minmax(0, 260px))">{figures}</div>')
-    return "".join(parts)
+                videos.append((run.name, run.folder / "evaluation" / other["video"]))
+        found.append((row["caption"] or row["clip"], [(name, path) for name, path in videos if path.is_file()]))
+    return found
+
+
+def grid_of(videos: list[tuple[str, Path]], columns: int) -> str:
+    cells = [f"<figure>{video_tag(path)}<figcaption>{html.escape(name)}</figcaption></figure>" for name, path in videos]
+    style = f"grid-template-columns: repeat({columns}, minmax(0, 260px))"
+    return f'<div class="clips" style="{style}">{"".join(cells)}</div>'
+
+
+def clip_grid(runs: list[RunRecord]) -> str:
+    """A row per clip: the truth, then each run's continuation."""
+    rows = clip_rows(runs)
+    return "".join(f'<p class="note">{html.escape(text)}</p>{grid_of(videos, len(videos))}' for text, videos in rows)
 
 
 def extra_videos(run: RunRecord) -> str:
-    """The mp4s that stand in RUN/videos, made with rf_train.generate."""
-    paths = sorted((run.folder / "videos").glob("*.mp4"))
-    figures = "".join(f"<figure>{video_tag(path)}<figcaption>{html.escape(path.stem)}</figcaption></figure>" for path in paths)
-    return f'<h2>Generated by {html.escape(run.name)}</h2><div class="clips" style="grid-template-columns: repeat(4, minmax(0, 260px))">{figures}</div>' if paths else ""
+    """The mp4s in RUN/videos, made with rf_train.generate."""
+    videos = [(path.stem, path) for path in sorted((run.folder / "videos").glob("*.mp4"))]
+    return f"<h2>Generated by {html.escape(run.name)}</h2>{grid_of(videos, 4)}" if videos else ""
+
+
+def picture(runs: list[RunRecord], clips: int = 2, columns: int = 8, scale: int = 2) -> Image.Image:
+    """Frames of the first clips side by side: a row for the truth and for each run, columns evenly over time."""
+    rows = []
+    for _, videos in clip_rows(runs)[:clips]:
+        for _, path in videos:
+            fps = runs[0].evaluation["fps"]
+            frames = list(read_frames(path, fps))
+            chosen = [frames[round(i)] for i in np.linspace(0, len(frames) - 1, columns)]
+            rows.append(np.concatenate([np.pad(frame, ((1, 1), (1, 1), (0, 0))) for frame in chosen], axis=1))
+    if not rows:
+        raise ValueError(f"{runs[0].folder}: its evaluation kept no videos for a picture")
+    sheet = np.concatenate(rows, axis=0)
+    return Image.fromarray(sheet.repeat(scale, axis=0).repeat(scale, axis=1))
+
+
+# ---- the page
 
 
 def page(runs: list[RunRecord]) -> str:
     model = runs[0].recipe.model
-    evaluated = [run for run in runs if run.evaluation]
+    shape = f"{model.layers} layers of width {model.dim}, {model.heads} heads, chunks of {model.chunk} latent frames"
+    loss = "A clip's loss is the mean squared error of the velocity over its chunks."
     parts = [
         f"<h1>{html.escape(' and '.join(run.name for run in runs))}</h1>",
-        f'<p class="note">Resampling Forcing. Model: {model.layers} layers of width {model.dim}, {model.heads} heads, chunks of {model.chunk} latent frames. '
-        "A clip's loss is the mean squared error of the velocity over its chunks.</p>",
-        "<h2>Training</h2>", loss_plot(runs),
-    ]  # fmt: skip
-    for run, colour in zip(runs, COLOURS):
-        origin = f", from step {run.recipe.start.step or 'the last'} of {run.recipe.start.run}" if run.recipe.start.run else ""
-        parts.append(f'<h3><span class="dot" style="background:{colour}"></span>{html.escape(run.name + origin)}</h3>{stage_table(run)}')
-    parts.append(chunk_plot(runs))
-    comparable = [run for run in evaluated if run.evaluation["segments_seconds"] == evaluated[0].evaluation["segments_seconds"]]
+        f'<p class="note">Resampling Forcing. Model: {shape}. {loss}</p>',
+        "<h2>Training</h2>",
+        loss_plot(runs),
+    ]
+    for run in runs:
+        start = run.recipe.start
+        origin = f", from step {start.step or 'the last'} of {start.run}" if start.run else ""
+        dot = f'<span class="dot" style="background:{run.colour}"></span>'
+        parts.append(f"<h3>{dot}{html.escape(run.name + origin)}</h3>{stage_table(run)}")
+    parts.append(metric_plots(runs))
+    comparable = comparable_runs(runs)
     if comparable:
-        e = comparable[0].evaluation
-        parts += [
-            "<h2>Quality over long videos</h2>",
-            f"<p>{e['clips']} held-out clips, continued from their first {e['given_seconds']:.2f} s; trained on clips of {e['trained_seconds']:.2f} s (dotted). "
-            "Mean ± standard deviation over clips.</p>",
-            quality_plot(comparable), quality_table(comparable),
-            "<ul>" + "".join(f"<li><b>{name.replace('_', ' ')}</b>: {html.escape(text)}.</li>" for name, (_, text) in FIGURES.items()) + "</ul>",
-            history_table(comparable), "<h2>The videos</h2>", clip_grid(comparable),
-        ]  # fmt: skip
-    for run in evaluated:
-        if run not in comparable:
+        parts += quality_section(comparable)
+    for run in runs:
+        if run.evaluation and run not in comparable:
             parts.append(f"<p>{html.escape(run.name)} was evaluated on other segments and isn't compared here.</p>")
     parts += [extra_videos(run) for run in runs]
     title = html.escape("rf_train: " + ", ".join(run.name for run in runs))
-    return f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head><body>{"".join(parts)}</body></html>\n'
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+
+
+def comparable_runs(runs: list[RunRecord]) -> list[RunRecord]:
+    """The runs that were evaluated on the same segments as the first evaluated one."""
+    evaluated = [run for run in runs if run.evaluation]
+    segments = evaluated[0].evaluation["segments_seconds"] if evaluated else None
+    return [run for run in evaluated if run.evaluation["segments_seconds"] == segments]
+
+
+def quality_section(runs: list[RunRecord]) -> list[str]:
+    first = runs[0].evaluation
+    given, trained = f"{first['given_seconds']:.2f} s", f"{first['trained_seconds']:.2f} s"
+    clips = (
+        f"{first['clips']} held-out clips, continued from their first {given}; trained on clips of {trained} (dotted)."
+    )
+    explained = "".join(f"<li><b>{metric.title}</b>: {html.escape(metric.meaning)}.</li>" for metric in VIDEO_METRICS)
+    return [
+        "<h2>Quality over long videos</h2>",
+        f"<p>{clips} Mean ± standard deviation over clips.</p>",
+        quality_plot(runs),
+        quality_table(runs),
+        f"<ul>{explained}</ul>",
+        history_table(runs),
+        "<h2>The videos</h2>",
+        clip_grid(runs),
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="rf_train.report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="rf_train.report", description="One self-contained page on one or more runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--out", help="the page to write (default: report.html in the first run)")
+    parser.add_argument("--picture", metavar="FILE.png", help="also write frames of the videos side by side")
     options = parser.parse_args(arguments)
     try:
-        runs = [RunRecord(folder) for folder in options.runs]
+        runs = [RunRecord(folder, COLOURS[i % len(COLOURS)]) for i, folder in enumerate(options.runs)]
         out = Path(options.out or Path(options.runs[0]) / "report.html")
-        checkpoint.write_text(out, page(runs))
+        write_atomic(out, page(runs))
+        if options.picture:
+            picture(comparable_runs(runs)).save(options.picture)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

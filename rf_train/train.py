@@ -1,10 +1,9 @@
 """Trains a recipe:  deepspeed --module rf_train.train RECIPE.yaml a.b=c ...
 
-The same command goes on from the run's newest checkpoint; a finished run is left as it is.
+The same command goes on from the run's newest checkpoint. A finished run is left as it is.
 """
 
 import argparse
-import json
 import logging
 import math
 import os
@@ -18,118 +17,151 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor
 
-from rf_train import checkpoint, config, data, distributed
-from rf_train.checkpoint import Shards
-from rf_train.distributed import EngineModel
-from rf_train.metrics import Metrics
-from rf_train.resampling import StepLoss, make_history, stage_attention, training_loss
-from rf_train.selftest import self_test
+from data_prep.files import write_atomic
+from rf_train import config
+from rf_train.config import Recipe, Stage
+from rf_train.data.batches import micro_steps, open_datasets, steps
+from rf_train.data.latent_dataset import LatentDataset
+from rf_train.diffusion.batch import Batch
+from rf_train.diffusion.histories import make_history
+from rf_train.diffusion.loss import training_loss
+from rf_train.engine import checkpoint
+from rf_train.engine.checkpoint import TrainingState
+from rf_train.engine.collectives import (
+    PeerLost,
+    Ranks,
+    RunError,
+    check_same_on_ranks,
+    check_same_settings,
+    naming_lost_peers,
+    start_ranks,
+    true_on_any_rank,
+)
+from rf_train.engine.deepspeed_json import complete_settings
+from rf_train.engine.zero import Engine, RolloutMismatch, build_engine
+from rf_train.metrics import MicroStepResult, StepMetrics
+from rf_train.model.self_test import self_test
+from rf_train.run_log import RunLog
+from rf_train.settings import differences
 from rf_train.weights import WeightFiles
 
 
-def train(recipe: config.Recipe) -> None:
+class TooManySkippedSteps(RunError):
+    """So many steps in a row had a gradient that isn't finite that the run stops."""
+
+
+def train(recipe: Recipe) -> None:
     """Runs all stages of `recipe` that its checkpoints don't hold already. Called on every rank."""
-    rank, world, device = distributed.start()
-    sequence = recipe.run.sequence
-    if world % sequence:
-        raise ValueError(f"run.sequence={sequence} does not divide the {world} ranks")
-    replica, replicas = rank // sequence, world // sequence  # neighbouring ranks share clips
-    out = Path(recipe.run.out)
-    datasets = data.open_datasets(recipe)
-    for stage in recipe.stages:
-        data.accumulation(stage, recipe.optimizer.micro_batch, replicas)
-    for dataset in datasets.values():
-        if dataset.tokens % sequence:
-            raise ValueError(f"run.sequence={sequence}: a latent frame of {dataset.folder} has {dataset.tokens} tokens, which don't split evenly over {sequence} ranks")
-    check_same(recipe=config.to_dict(recipe), deepspeed=distributed.engine_settings(recipe, device, world), data={name: dataset.summary() for name, dataset in datasets.items()})
-    engine = distributed.build_engine(recipe, device, world)
-    shards = Shards(engine, recipe.optimizer.ema)
-    first = restore(recipe, shards)
-    distributed.agree("at the start", **{"steps that are done": first})
-    chunks = max(len(engine.module.chunking.sizes(datasets[stage.data or recipe.data.train].frames(stage))) for stage in recipe.stages)
-    with distributed.held(engine, blocks=None if recipe.run.held else 2) as model:
-        self_test(model, chunks, [stage_attention(stage) for stage in recipe.stages])
-    if rank == 0:
-        prepare_folder(recipe, out, datasets)
+    ranks = start_ranks()
+    datasets = open_datasets(recipe)
+    check_split(recipe, datasets, ranks)
+    check_same_settings(
+        recipe=config.to_dict(recipe),
+        deepspeed=complete_settings(recipe, ranks.device.type, ranks.world_size),
+        data={name: dataset.summary() for name, dataset in datasets.items()},
+    )
+    engine = build_engine(recipe, ranks)
+    state = TrainingState(engine, recipe.optimizer.ema)
+    first = restore(recipe, state)
+    check_same_on_ranks("at the start", **{"steps that are done": first})
+    check_model(recipe, engine, datasets)
+    if ranks.rank == 0:
+        write_recipe(recipe)
     dist.barrier()
-    metrics = Metrics(recipe, first, rank)
-    metrics.say(describe(recipe, engine, shards, world, device, first))
-    ends = stage_ends(recipe)
-    skipped: list[list[str]] = []  # of the last steps in a row that were: the clips whose loss wasn't finite
+    log = RunLog(recipe, first, ranks.rank)
+    log.print_line(describe(recipe, engine, state, first))
+    skipped: list[
+        list[str]
+    ] = []  # for each of the last steps in a row that were skipped: clips whose loss isn't finite
 
     try:
-        for step, batches in data.steps(recipe, datasets, first, replica, replicas):
-            _, stage, inside = recipe.stage_at(step)
-            distributed.set_accumulation(engine, stage, sequence)
-            set_learning_rate(engine, stage, inside)
-            figures, bad = train_step(engine, step, batches, recipe, stage)
-            if figures["skipped"]:
-                skipped.append(sorted(set(distributed.gather_texts(bad))))
-                metrics.say(f"step {step + 1}: skipped, its gradient is not finite; clips with such a loss: {', '.join(skipped[-1]) or 'none'}")
+        for step, batches in steps(recipe, datasets, first, engine.replica, engine.replicas):
+            stage, begin, _ = recipe.span_at(step)
+            engine.set_batch(stage.batch)
+            engine.set_learning_rate(learning_rate(stage, step - begin))
+            metrics, not_finite = train_step(engine, step, batches, recipe, stage)
+            if metrics["skipped"]:
+                skipped.append(not_finite)
+                clips = ", ".join(not_finite) or "none"
+                log.print_line(f"step {step + 1}: skipped, its gradient is not finite; clips with such a loss: {clips}")
             else:
-                shards.update_average()
+                state.update_average()
                 skipped.clear()
-            metrics.log(step, stage.name, stage.batch, {**figures, "lr": engine.optimizer.param_groups[0]["lr"]})
+            log.log(step, stage.name, stage.batch, {**metrics, "lr": engine.learning_rate})
             if len(skipped) >= recipe.optimizer.max_skipped:
-                raise RuntimeError(not_finite(step, skipped, checkpoint.latest(out)))
-            done = step + 1
-            if (done in ends or done % recipe.run.save_every == 0) and (not skipped or done == recipe.steps):
-                saved = checkpoint.save(out, done, shards)
-                if rank == 0:
-                    checkpoint.prune(out, recipe.run.keep, ends)
-                metrics.say(f"saved {saved}")
+                raise TooManySkippedSteps(skipped_message(recipe, step, skipped))
+            if wants_checkpoint(recipe, step + 1, bool(skipped)):
+                saved = checkpoint.save(Path(recipe.run.out), step + 1, state)
+                if ranks.rank == 0:
+                    ends = {span.end for span in recipe.stage_spans}
+                    checkpoint.prune(Path(recipe.run.out), recipe.run.keep, ends)
+                log.print_line(f"saved {saved}")
     finally:
-        metrics.close()
+        log.close()
 
 
-def check_same(**settings: dict) -> None:
-    """Raises ValueError, on every rank, that names all settings in which a rank differs from rank 0."""
-    everyone = [json.loads(text) for text in distributed.gather_texts([json.dumps(settings)])]
-    for rank, other in enumerate(everyone):
-        found = changes(everyone[0], other)
-        if found:
-            raise ValueError(f"ranks disagree: {'; '.join(f'{key} is {one!r} on rank 0, {two!r} on rank {rank}' for key, one, two in found)}")
+def train_step(engine: Engine, step: int, batches: list[Batch], recipe: Recipe, stage: Stage) -> tuple[dict, list[str]]:
+    """One optimizer step over this rank's micro-batches.
 
-
-def not_finite(step: int, skipped: list[list[str]], saved: Path | None) -> str:
-    """What a run says that stops at the 0-based `step`: the clips of the skipped steps, and the newest checkpoint."""
-    clips = sorted({clip for clips in skipped for clip in clips})
-    return (
-        f"step {step + 1}: {len(skipped)} steps in a row had a gradient that is not finite and were skipped; nothing was saved over them. "
-        f"Clips whose loss was not finite: {', '.join(clips) or 'none, the gradient alone'}. The newest checkpoint is {saved or 'not there yet'}; "
-        "look at these clips, or go on from it with a lower learning rate"
-    )
-
-
-def train_step(engine, step: int, batches: list[data.Batch], recipe: config.Recipe, stage: config.Stage) -> tuple[dict, list[str]]:
-    """One optimizer step over this rank's micro-batches, moved to its device one by one: figures that are the same on every rank, and this rank's clips whose loss isn't finite.
-
-    When any rank's gradient isn't finite, the step is skipped on all of them.
+    Returns the metrics, and the clips whose loss isn't finite; both of all ranks.
+    When the gradient isn't finite on any rank, the step is skipped on all of them.
     """
-    chunking = engine.module.chunking
-    device = distributed.current_device()
-    clip = batches[0].x.shape
-    names = ("batch", "channels", "latent frames", "latent height", "latent width")
-    distributed.agree(f"step {step + 1}", step=step, **{"micro-batches": len(batches)}, chunks=len(chunking.sizes(clip[2])), **dict(zip(names, clip)))
-    sums, bad, rollout_seconds, begin = 0, [], 0.0, clock(device)
-    for batch in batches:
+    device = engine.ranks.device
+    check_same_shapes(step, batches)
+    rolls_out = true_on_any_rank([stage.history.needs_rollout(batch) for batch in batches])
+    metrics, rollout_seconds, begin, applied = StepMetrics(), 0.0, clock(device), True
+    for batch, needed in zip(batches, rolls_out):
         batch = batch.to(device)
-        t0 = clock(device)
-        if stage.history in ("parallel", "autoregressive"):
-            with distributed.rollout_model(engine, recipe.run.held) as model:
-                history, t_s = make_history(model, batch.x, batch.text, batch.draws, stage, chunking)
-        else:
-            history, t_s = make_history(engine.module, batch.x, batch.text, batch.draws, stage, chunking)
-        rollout_seconds += clock(device) - t0
-        result = training_loss(EngineModel(engine), batch.x, batch.text, history, batch.draws, recipe.flow, stage, chunking)
+        history_begin = clock(device)
+        history, level = degraded_history(engine, batch, recipe, stage, needed)
+        rollout_seconds += clock(device) - history_begin
+        result = training_loss(engine, batch, history, recipe.flow, stage.attention)
         engine.backward(result.loss)
-        engine.step()
-        bad += [name for name, good in zip(batch.ids, result.by_chunk.isfinite().all(dim=1).tolist()) if not good]
-        sums = sums + packed(result, history_error(batch.x, history, chunking), t_s)
-    skipped = not engine.was_step_applied()
+        applied = engine.step()
+        metrics.add(batch.ids, MicroStepResult.of(batch, history, level, result))
     seconds = clock(device) - begin
-    figures = unpacked(distributed.sum_over_ranks(sums) / recipe.run.sequence)
-    return {**figures, "skipped": int(skipped), "grad_norm": float(engine.get_global_grad_norm() or 0.0), "rollout_share": rollout_seconds / seconds}, bad
+    own = {"skipped": int(not applied), "grad_norm": engine.gradient_norm, "rollout_share": rollout_seconds / seconds}
+    return {**metrics.reduced(engine.sequence_parallel_size), **own}, [] if applied else metrics.clips_not_finite()
+
+
+def degraded_history(
+    engine: Engine, batch: Batch, recipe: Recipe, stage: Stage, rollout: bool
+) -> tuple[Tensor | None, Tensor]:
+    """The history of a micro-batch and its noise level. With `rollout` all ranks gather the model to make it."""
+    if not rollout:
+        return make_history(stage.history, batch, stage.attention, None)
+    passes = len(stage.history.rollout_passes(batch.chunk_sizes))
+    with engine.rollout(passes, recipe.run.gather_for_rollout) as model:
+        return make_history(stage.history, batch, stage.attention, model)
+
+
+def check_same_shapes(step: int, batches: list[Batch]) -> None:
+    """Raises ValueError, on every rank, when ranks have batches of other shapes."""
+    names = ("batch", "channels", "latent frames", "latent height", "latent width")
+    chunks = len(batches[0].chunk_sizes)
+    shape = dict(zip(names, batches[0].x.shape))
+    check_same_on_ranks(f"step {step + 1}", step=step, **{"micro-steps": len(batches)}, chunks=chunks, **shape)
+
+
+def check_split(recipe: Recipe, datasets: dict[str, LatentDataset], ranks: Ranks) -> None:
+    """Raises ValueError when ranks, batches or tokens don't split evenly."""
+    size = recipe.run.sequence_parallel_size
+    if ranks.world_size % size:
+        raise ValueError(f"run.sequence_parallel_size={size} does not divide the {ranks.world_size} ranks")
+    for stage in recipe.stages:
+        micro_steps(stage, recipe.optimizer.micro_batch, ranks.world_size // size)
+    for dataset in datasets.values():
+        if dataset.tokens_per_frame % size:
+            tokens = f"a latent frame of {dataset.folder} has {dataset.tokens_per_frame} tokens"
+            raise ValueError(f"run.sequence_parallel_size={size}: {tokens}, which don't split evenly over {size} ranks")
+
+
+def check_model(recipe: Recipe, engine: Engine, datasets: dict[str, LatentDataset]) -> None:
+    """Runs the self-test on the engine's model, at the recipe's chunks and attentions."""
+    frames = [datasets[recipe.dataset_of(stage)].clip_frames(stage) for stage in recipe.stages]
+    chunks = max(len(engine.chunking.sizes(count)) for count in frames)
+    with engine.gathered_parameters(blocks=None if recipe.run.gather_for_rollout else 2) as model:
+        self_test(model, chunks, [stage.attention for stage in recipe.stages])
 
 
 def clock(device: torch.device) -> float:
@@ -139,151 +171,110 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def history_error(x: Tensor, history: Tensor | None, chunking) -> Tensor:
-    """[B, N]: root mean square distance of x~ from x by chunk; 0 for the last chunk, which has no history copy."""
-    sizes = chunking.sizes(x.shape[2])
-    error = x.new_zeros(len(x), len(sizes))
-    if history is not None:
-        square = (history.float() - x[:, :, : history.shape[2]]).square().mean(dim=(1, 3, 4))
-        for index, part in enumerate(square.split(sizes[:-1], dim=1)):
-            error[:, index] = part.mean(dim=1).sqrt()
-    return error
-
-
-BINS = 10  # of noise levels, [0, 1] in equal parts
-
-
-def packed(result: StepLoss, error: Tensor, t_s: Tensor) -> Tensor:
-    """Sums over clips in one fp64 vector; one reduction a step. Clips whose loss isn't finite are left out.
-
-    Their number, that of the others, t_s, then by bin of noise level: clips by t_s, chunks by t, their loss; then loss and history error by chunk.
-    """
-    good = result.by_chunk.isfinite().all(dim=1)
-    by_chunk, t, error, t_s = (x[good].double() for x in (result.by_chunk, result.t, error, t_s))
-
-    def by_bin(level: Tensor, value: Tensor) -> Tensor:
-        return torch.zeros(BINS, dtype=torch.float64, device=level.device).index_add_(0, (level * BINS).long().clamp(0, BINS - 1).flatten(), value.flatten())
-
-    counts = torch.stack([(~good).sum().double(), good.sum().double(), t_s.sum()])
-    return torch.cat([counts, by_bin(t_s, torch.ones_like(t_s)), by_bin(t, torch.ones_like(t)), by_bin(t, by_chunk), by_chunk.sum(0), error.sum(0)])
-
-
-def unpacked(total: Tensor) -> dict:
-    """The figures of a step from `packed` sums; what has no clips to be measured on is None."""
-    bad, count, t_s, *rest = total.tolist()
-    by_t_s, by_t, loss_by_t, by_chunk = rest[:BINS], rest[BINS : 2 * BINS], rest[2 * BINS : 3 * BINS], rest[3 * BINS :]
-    chunks = len(by_chunk) // 2
-    loss, error = ([share(value, count) for value in part] for part in (by_chunk[:chunks], by_chunk[chunks:]))
-    return {
-        "loss": sum(loss) / chunks if count else None, "loss_by_chunk": loss, "loss_by_t": [share(value, number) for value, number in zip(loss_by_t, by_t)],
-        "t_s": share(t_s, count), "t_s_histogram": [round(value) for value in by_t_s], "history_error_by_chunk": error[:-1], "clips_not_finite": round(bad),
-    }  # fmt: skip
-
-
-def share(total: float, count: float) -> float | None:
-    return total / count if count else None
-
-
-def set_learning_rate(engine, stage: config.Stage, inside: int) -> None:
-    """The stage's rate at its 0-based step `inside`."""
-    rate = learning_rate(stage, inside)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
-
-
-def learning_rate(stage: config.Stage, inside: int) -> float:
+def learning_rate(stage: Stage, step_in_stage: int) -> float:
     """Rises linearly over the first `warmup` steps; falls linearly to `lr_end` by the stage's end when one is set."""
     end = stage.lr_end or stage.lr
-    falling = stage.lr + (end - stage.lr) * inside / max(1, stage.steps - 1)
-    return falling * min(1.0, (inside + 1) / (stage.warmup + 1))
+    falling = stage.lr + (end - stage.lr) * step_in_stage / max(1, stage.steps - 1)
+    return falling * min(1.0, (step_in_stage + 1) / (stage.warmup + 1))
 
 
-def stage_ends(recipe: config.Recipe) -> set[int]:
-    """Steps done at the end of each stage."""
-    ends, done = set(), 0
-    for stage in recipe.stages:
-        done += stage.steps
-        ends.add(done)
-    return ends
+def wants_checkpoint(recipe: Recipe, done: int, skipped: bool) -> bool:
+    """Whether a checkpoint is due after `done` steps. None is made while steps are skipped, but for the last one."""
+    due = done % recipe.run.save_every == 0 or done in {span.end for span in recipe.stage_spans}
+    return due and (not skipped or done == recipe.steps)
 
 
-def restore(recipe: config.Recipe, shards: Shards) -> int:
-    """Loads the run's newest checkpoint, or the one or the weights it starts from; returns the number of steps already done."""
+def skipped_message(recipe: Recipe, step: int, skipped: list[list[str]]) -> str:
+    """What a run says that stops at the 0-based `step`: the clips of the skipped steps, and the newest checkpoint."""
+    clips = ", ".join(sorted({clip for clips in skipped for clip in clips})) or "none, the gradient alone"
+    newest = checkpoint.latest(Path(recipe.run.out)) or "not there yet"
+    return (
+        f"step {step + 1}: {len(skipped)} steps in a row had a gradient that is not finite and were skipped; "
+        f"nothing was saved over them. Clips whose loss was not finite: {clips}. The newest checkpoint is {newest}; "
+        "look at these clips, or go on from it with a lower learning rate"
+    )
+
+
+def restore(recipe: Recipe, state: TrainingState) -> int:
+    """Loads the run's newest checkpoint, or what it starts from. Returns the number of steps already done."""
     folder = checkpoint.latest(Path(recipe.run.out))
     if folder is None and recipe.start.run:
         folder = checkpoint.at_step(Path(recipe.start.run), recipe.start.step)
-    if folder is None:
-        if recipe.start.weights:
-            shards.load_weights(WeightFiles(recipe.start.weights))
-        return 0
-    manifest = checkpoint.verified(folder)
-    shards.load(folder, manifest)
-    return manifest["step"]
+    if folder is not None:
+        manifest = checkpoint.verified(folder)
+        state.load(folder, manifest)
+        return manifest["step"]
+    if recipe.start.weights:
+        files = WeightFiles(recipe.start.weights)
+        files.check(state.shapes)
+        state.load_weights(files.flat, files.whole)
+    return 0
 
 
-def finished(recipe: config.Recipe) -> bool:
+def finished(recipe: Recipe) -> bool:
     """True when the run's newest checkpoint is the recipe's last step."""
     folder = checkpoint.latest(Path(recipe.run.out))
-    return folder is not None and int(folder.name[5:]) >= recipe.steps
+    return folder is not None and checkpoint.step_of(folder) >= recipe.steps
 
 
-def prepare_folder(recipe: config.Recipe, out: Path, datasets: dict) -> None:
-    """Writes the recipe beside the run, and the dataset's card that generation needs. Says what changed in a resumed run's recipe."""
+def write_recipe(recipe: Recipe) -> None:
+    """Writes the complete recipe into the run's folder. Prints what has changed since the run began."""
+    out = Path(recipe.run.out)
     out.mkdir(parents=True, exist_ok=True)
     path, new = out / "recipe.yaml", config.to_dict(recipe)
     if path.is_file():
-        old = yaml.safe_load(path.read_text())
-        for key, was, now in changes(old, new):
+        for key, was, now in recipe_changes(path, new):
             print(f"the recipe has changed since this run began: {key}: {was!r} -> {now!r}", file=sys.stderr)
-    checkpoint.write_text(path, yaml.safe_dump(new, sort_keys=False))
+    write_atomic(path, yaml.safe_dump(new, sort_keys=False))
 
 
-def changes(old, new, where: str = "") -> list[tuple[str, object, object]]:
-    """(dotted key, old value, new value) of everything that differs between two nested settings."""
-    if isinstance(old, list) and isinstance(new, list):
-        old, new = dict(enumerate(old)), dict(enumerate(new))
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = list(dict.fromkeys([*old, *new]))
-        return [c for key in keys for c in changes(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))]
-    return [] if old == new else [(where, old, new)]
+def recipe_changes(path: Path, new: dict) -> list[tuple[str, object, object]]:
+    """What differs from the recipe in `path`. A setting that it lacks had its default then."""
+    old = config.read_plain(path)
+    try:
+        old = config.to_dict(config.from_dict(old))
+    except ValueError as error:  # another version's
+        print(f"{path} was written by another version ({error})", file=sys.stderr)
+        return []
+    return differences(old, new)
 
 
-def describe(recipe: config.Recipe, engine, shards: Shards, world: int, device: torch.device, first: int) -> str:
-    total = sum(math.prod(shape) for shape in shards.shapes.values())
-    mine = sum(fragment.master.numel() for fragment in shards.mine.values())
-    stages = ", ".join(f"{s.name} ({s.history}, {s.attention}, {s.steps} steps of {s.batch})" for s in recipe.stages)
+def describe(recipe: Recipe, engine: Engine, state: TrainingState, first: int) -> str:
+    """The lines that a run begins with."""
+    ranks = engine.ranks
+    total = sum(math.prod(shape) for shape in state.shapes.values())
+    own = sum(fragment.master.numel() for fragment in state.local_fragments.values())
     start = f"going on after step {first}" if first else "from the start"
+    stages = [
+        f"{stage.name} ({stage.history.kind}, {stage.attention.kind}, {stage.steps} steps of {stage.batch})"
+        for stage in recipe.stages
+    ]
     return (
-        f"ZeRO stage {engine.zero_optimization_stage()}, {world} ranks on {device.type} ({dist.get_backend()}); "
-        f"{total:,} parameters, {mine:,} on this rank; {start}\nstages: {stages}"
+        f"ZeRO stage {engine.zero_stage}, {ranks.world_size} ranks on {ranks.device.type} ({dist.get_backend()}); "
+        f"{total:,} parameters, {own:,} on this rank; {start}\nstages: {', '.join(stages)}"
     )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="rf_train.train", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="rf_train.train", description="Trains a recipe.")
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped one (demo)")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the launcher
     options = parser.parse_args(arguments)
     rank = int(os.environ.get("RANK", 0))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, one line each
+    # DeepSpeed's calls, one line each
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
         recipe = config.load(config.recipe_path(options.recipe), options.overrides)
         if finished(recipe):
             if rank == 0:
                 print(f"{recipe.run.out}: all {recipe.steps} steps are done already")
             return 0
-        train(recipe)
-    except (ValueError, RuntimeError) as error:
-        lost = any(words in str(error) for words in ("closed by peer", "reset by peer"))
-        if isinstance(error, RuntimeError) and not lost and not str(error).startswith("step "):
-            raise
-        if lost:
-            error = f"another rank has stopped, and told why if it could ({str(error).splitlines()[0]})"
-        elif rank:
-            time.sleep(5)  # rank 0 tells of what went wrong on all; this rank tells only if the launcher leaves it the time
-        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        with naming_lost_peers():
+            train(recipe)
+    except (ValueError, RunError) as error:
+        print_error(error, rank)
         return 2
     finally:
         if dist.is_initialized():
@@ -291,8 +282,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def print_error(error: Exception, rank: int) -> None:
+    """Prints one line.
+
+    An error that all ranks share is told by rank 0; the others wait for that, and may be ended meanwhile.
+    """
+    if rank and not isinstance(error, (PeerLost, RolloutMismatch)):
+        time.sleep(5)
+    print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+
+
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # all is saved and closed; gloo's threads, held by DeepSpeed's objects, now and then abort a process that takes itself apart
+    # All is saved and closed. gloo's threads now and then abort a process that takes itself apart.
+    os._exit(code)

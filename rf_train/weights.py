@@ -1,7 +1,7 @@
 """Wan checkpoints in and out, slice by slice: no process ever holds a whole model.
 
-Read: a diffusers `WanTransformer3DModel` folder, or the original Wan checkpoint's names; one safetensors file, or several with an index.
-Written: the diffusers format, with  python -m rf_train.weights RUN OUT
+Read: a diffusers `WanTransformer3DModel` folder, or the original Wan checkpoint; one safetensors file, or several with
+an index. Written: the diffusers format, with  python -m rf_train.weights RUN OUT
 """
 
 import argparse
@@ -11,15 +11,21 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rf_train import checkpoint, config
+from data_prep.files import write_json
+from rf_train import config
+from rf_train.engine import checkpoint
+from rf_train.engine.checkpoint import CheckpointReader
+from rf_train.model.settings import ModelSettings
 
-# Original Wan names -> diffusers' names, which are the model's own. The original calls the norm before cross-attention norm3.
+# Original Wan names -> diffusers' names, which are the model's own. The original calls the norm before cross-attention
+# norm3.
 _RENAMED = [
     (r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
     (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
@@ -46,6 +52,14 @@ def from_wan_name(name: str) -> str:
     return name
 
 
+class StoredTensor(NamedTuple):
+    """Where a tensor is: its file, its name there, and its shape."""
+
+    path: Path
+    key: str
+    shape: tuple[int, ...]
+
+
 class WeightFiles:
     """The tensors of a checkpoint folder (or of one .safetensors file), by diffusers name, read on demand.
 
@@ -54,18 +68,18 @@ class WeightFiles:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.places: dict[str, tuple[Path, str, tuple[int, ...]]] = {}  # name -> file, key in it, shape
-        self._open: dict[Path, object] = {}
+        self.tensors: dict[str, StoredTensor] = {}
+        self._open: dict[Path, Any] = {}
         for path in self._files():
             try:
                 file = self._open[path] = safe_open(path, "pt")
-                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
-            original = any(".self_attn." in key for key in shapes) or any(key.startswith(("time_embedding.", "head.")) for key in shapes)
+            original = any(".self_attn." in key or key.startswith(("time_embedding.", "head.")) for key in shapes)
             for key, shape in shapes.items():
                 name = key.removeprefix("model.diffusion_model.")
-                self.places[from_wan_name(name) if original else name] = (path, key, shape)
+                self.tensors[from_wan_name(name) if original else name] = StoredTensor(path, key, shape)
 
     def _files(self) -> list[Path]:
         if self.folder.is_file():
@@ -74,30 +88,36 @@ class WeightFiles:
             raise ValueError(f"{self.folder}: no such folder of weights")
         indices = sorted(self.folder.glob("*.safetensors.index.json"))
         if len(indices) > 1:
-            raise ValueError(f"{self.folder}: holds {len(indices)} weight indices, expected one: {', '.join(path.name for path in indices)}")
+            names = ", ".join(path.name for path in indices)
+            raise ValueError(f"{self.folder}: holds {len(indices)} weight indices, expected one: {names}")
         if indices:
-            try:
-                listed = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError):
-                raise ValueError(f"{indices[0]}: not an index of weights") from None
-            bad = [name for name in listed if Path(name).name != name or not (self.folder / name).is_file()]
-            if bad:
-                raise ValueError(f"{indices[0]}: lists files that are not in the folder: {', '.join(bad)}")
-            return [self.folder / name for name in listed]
+            return self._files_of_index(indices[0])
         files = sorted(self.folder.glob("*.safetensors"))
         if len(files) != 1:
-            raise ValueError(f"{self.folder}: holds {len(files)} safetensors files and no index; expected one file, or several with an index")
+            expected = "expected one file, or several with an index"
+            raise ValueError(f"{self.folder}: holds {len(files)} safetensors files and no index; {expected}")
         return files
 
+    def _files_of_index(self, index: Path) -> list[Path]:
+        try:
+            listed = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise ValueError(f"{index}: not an index of weights") from None
+        bad = [name for name in listed if Path(name).name != name or not (self.folder / name).is_file()]
+        if bad:
+            raise ValueError(f"{index}: lists files that are not in the folder: {', '.join(bad)}")
+        return [self.folder / name for name in listed]
+
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Raises ValueError naming every tensor that is missing, extra or misshapen, all of them at once."""
-        wrong = checkpoint.difference({name: shape for name, (_, _, shape) in self.places.items()}, shapes)
+        """Raises ValueError that names every tensor that is missing, extra or misshapen, all of them at once."""
+        stored = {name: tensor.shape for name, tensor in self.tensors.items()}
+        wrong = checkpoint.shape_differences(stored, shapes)
         if wrong:
             raise ValueError(f"{self.folder}: the weights do not fit the model: {wrong}")
 
     def flat(self, name: str, begin: int, end: int) -> Tensor:
-        """Elements begin .. end - 1 of the flattened tensor, fp32; only the rows that hold them are read."""
-        path, key, shape = self.places[name]
+        """Elements begin .. end - 1 of the flattened tensor, fp32. Only the rows that hold them are read."""
+        path, key, shape = self.tensors[name]
         if begin >= end:
             return torch.zeros(0)
         if not shape:
@@ -109,13 +129,16 @@ class WeightFiles:
 
     def whole(self, name: str) -> Tensor:
         """The tensor in its shape, fp32."""
-        shape = self.places[name][2]
+        shape = self.tensors[name].shape
         return self.flat(name, 0, math.prod(shape)).view(shape)
 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Fills a plain model from a checkpoint folder, one tensor at a time. For a ZeRO-3 engine see `checkpoint.Shards.load_weights`."""
+    """Fills a plain model from a checkpoint folder, one tensor at a time.
+
+    For an engine: `TrainingState.load_weights`.
+    """
     files = WeightFiles(folder)
     parameters = dict(model.named_parameters())
     files.check({name: tuple(parameter.shape) for name, parameter in parameters.items()})
@@ -123,18 +146,40 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         parameter.copy_(files.whole(name))
 
 
-def diffusers_config(settings: config.Model) -> dict:
+def diffusers_config(settings: ModelSettings) -> dict:
     """What `WanTransformer3DModel.from_pretrained` reads as config.json."""
     return {
-        "_class_name": "WanTransformer3DModel", "patch_size": [1, settings.patch, settings.patch], "num_attention_heads": settings.heads,
-        "attention_head_dim": settings.dim // settings.heads, "in_channels": settings.channels, "out_channels": settings.channels,
-        "text_dim": settings.text_dim, "freq_dim": settings.freq_dim, "ffn_dim": settings.ffn_dim, "num_layers": settings.layers,
-        "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": settings.eps, "image_dim": None, "added_kv_proj_dim": None, "rope_max_seq_len": 1024,
-    }  # fmt: skip
+        "_class_name": "WanTransformer3DModel",
+        "patch_size": [1, settings.patch, settings.patch],
+        "num_attention_heads": settings.heads,
+        "attention_head_dim": settings.head_dim,
+        "in_channels": settings.channels,
+        "out_channels": settings.channels,
+        "text_dim": settings.text_dim,
+        "freq_dim": settings.freq_dim,
+        "ffn_dim": settings.ffn_dim,
+        "num_layers": settings.layers,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": settings.eps,
+        "image_dim": None,
+        "added_kv_proj_dim": None,
+        "rope_max_seq_len": 1024,
+    }
 
 
-def export(run: str | Path, out: str | Path, step: int = 0, kind: str = "ema", dtype: torch.dtype = torch.float32, shard_bytes: int = 5 * 2**30) -> Path:
-    """Writes a run's checkpoint as a diffusers folder, in files of at most `shard_bytes`; `out` appears when it is whole."""
+def export(
+    run: str | Path,
+    out: str | Path,
+    step: int = 0,
+    kind: str = "ema",
+    dtype: torch.dtype = torch.float32,
+    shard_bytes: int = 5 * 2**30,
+) -> Path:
+    """Writes a run's checkpoint as a diffusers folder, in files of at most `shard_bytes`.
+
+    `out` appears when it is whole.
+    """
     run, out = Path(run), Path(out)
     if out.exists():
         raise ValueError(f"{out}: exists already; choose another folder")
@@ -143,38 +188,49 @@ def export(run: str | Path, out: str | Path, step: int = 0, kind: str = "ema", d
     recipe = config.load(run / "recipe.yaml")
     folder = checkpoint.at_step(run, step)
     manifest = checkpoint.verified(folder)
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, shape in manifest["shapes"].items():
-        size = math.prod(shape) * dtype.itemsize
-        if filled and filled + size > shard_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in manifest["shapes"].items()}
+    files = _split_by_size(sizes, shard_bytes)
     making = out.with_name(out.name + ".making")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
-    stem, weight_map = "diffusion_pytorch_model", {}
-    with checkpoint.Reader(folder, manifest) as reader:
-        for position, names in enumerate(groups, start=1):
-            file = f"{stem}.safetensors" if len(groups) == 1 else f"{stem}-{position:05d}-of-{len(groups):05d}.safetensors"
-            save_file({name: reader.whole(kind, name).to(dtype).contiguous() for name in names}, making / file, metadata={"format": "pt"})
-            weight_map.update(dict.fromkeys(names, file))
-    if len(groups) > 1:
-        total = sum(math.prod(shape) for shape in manifest["shapes"].values()) * dtype.itemsize
-        checkpoint.write_json(making / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-    checkpoint.write_json(making / "config.json", diffusers_config(recipe.model))
+    with CheckpointReader(folder, manifest) as reader:
+        for file, names in files.items():
+            tensors = {name: reader.whole(kind, name).to(dtype).contiguous() for name in names}
+            save_file(tensors, making / file, metadata={"format": "pt"})
+    if len(files) > 1:
+        weight_map = {name: file for file, names in files.items() for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_json(making / "diffusion_pytorch_model.safetensors.index.json", index)
+    write_json(making / "config.json", diffusers_config(recipe.model))
     making.rename(out)
     return out
 
 
+def _split_by_size(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
+    """{file name: tensor names}, in order, each file of at most `limit` bytes or a single tensor."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if filled and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    stem, count = "diffusion_pytorch_model", len(groups)
+    if count == 1:
+        return {f"{stem}.safetensors": groups[0]}
+    return {f"{stem}-{i:05d}-of-{count:05d}.safetensors": names for i, names in enumerate(groups, start=1)}
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="rf_train.weights", description="Writes a run's weights as a diffusers WanTransformer3DModel folder.")
+    description = "Writes a run's weights as a diffusers WanTransformer3DModel folder."
+    parser = argparse.ArgumentParser(prog="rf_train.weights", description=description)
     parser.add_argument("run")
     parser.add_argument("out", help="the folder to write")
     parser.add_argument("--step", type=int, default=0, help="the checkpoint's step (default: the newest)")
-    parser.add_argument("--weights", choices=("ema", "master"), default="ema", help="the average (default) or the last ones")
+    parser.add_argument(
+        "--weights", choices=("ema", "master"), default="ema", help="the average (default) or the last ones"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options = parser.parse_args(arguments)
     try:

@@ -1,17 +1,41 @@
-"""Shared pieces: a tiny model whose every weight matters, and clips to feed it."""
+"""Shared pieces: a tiny model whose every weight matters, clips to feed it, and datasets to read."""
 
+import os
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from rf_train import config
-from rf_train.model import CausalWan
+from data_prep.card import write_card
+from data_prep.shards import ShardWriter
+from rf_train.config import from_dict
+from rf_train.diffusion.batch import Batch
+from rf_train.diffusion.flow_matching import spread_over_frames
+from rf_train.diffusion.histories import History
+from rf_train.diffusion.randomness import LOSS_DRAWS, make_draws
+from rf_train.model.settings import ModelSettings
+from rf_train.model.transformer import CausalWan
+from rf_train.settings import to_plain
 
 torch.set_num_threads(2)
 
 
-def tiny_settings(**changes) -> config.Model:
-    settings = dict(dim=48, ffn_dim=96, heads=2, layers=2, channels=4, text_dim=12, text_len=6, freq_dim=32, chunk=3, first_chunk=3, checkpointing="none")
-    return config.Model(**{**settings, **changes})
+def tiny_settings(**changes) -> ModelSettings:
+    tiny = ModelSettings(
+        dim=48, ffn_dim=96, heads=2, layers=2, channels=4, text_dim=12, text_len=6, freq_dim=32, chunk=3,
+        first_chunk=3, checkpointing="none",
+    )  # fmt: skip
+    return replace(tiny, **changes)
+
+
+def plain_settings(**changes) -> dict:
+    """`tiny_settings` as a recipe's section `model`."""
+    return to_plain(tiny_settings(**changes))
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
@@ -27,8 +51,9 @@ def tiny_wan(seed: int = 3):
     """diffusers' own Wan in the tiny model's shapes, with the random weights of `seed`."""
     settings = tiny_settings()
     model = pytest.importorskip("diffusers").WanTransformer3DModel(
-        num_attention_heads=settings.heads, attention_head_dim=settings.dim // settings.heads, in_channels=settings.channels, out_channels=settings.channels,
-        text_dim=settings.text_dim, freq_dim=settings.freq_dim, ffn_dim=settings.ffn_dim, num_layers=settings.layers,
+        num_attention_heads=settings.heads, attention_head_dim=settings.head_dim, in_channels=settings.channels,
+        out_channels=settings.channels, text_dim=settings.text_dim, freq_dim=settings.freq_dim,
+        ffn_dim=settings.ffn_dim, num_layers=settings.layers,
     )  # fmt: skip
     randomise(model, seed)
     return model
@@ -44,16 +69,15 @@ def tiny_model():
     return build
 
 
-def random_clip(frames: int, batch: int = 1, settings: config.Model | None = None, height: int = 4, width: int = 6, seed: int = 1):
+def random_clip(
+    frames: int, batch: int = 1, settings: ModelSettings | None = None, height: int = 4, width: int = 6, seed: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
     """(x, t per frame, text): random latents, a level for every chunk, and captions of different length."""
     settings = settings or tiny_settings()
     stream = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, settings.channels, frames, height, width, generator=stream)
-    from rf_train.chunks import Chunking
-    from rf_train.resampling import by_frame
-
-    sizes = Chunking(settings.chunk, settings.first_chunk).sizes(frames)
-    t = by_frame(torch.rand(batch, len(sizes), generator=stream), sizes)
+    sizes = settings.chunking.sizes(frames)
+    t = spread_over_frames(torch.rand(batch, len(sizes), generator=stream), sizes)
     text = torch.zeros(batch, settings.text_len, settings.text_dim)
     for row in range(batch):
         length = 1 + row % settings.text_len
@@ -61,26 +85,45 @@ def random_clip(frames: int, batch: int = 1, settings: config.Model | None = Non
     return x, t, text
 
 
-def write_dataset(folder, count: int = 12, frames: int = 9, settings: config.Model | None = None, height: int = 4, width: int = 6, seed: int = 0):
-    """A dataset folder of random latents, written with the real writer."""
-    import numpy as np
+def every_draw() -> dict:
+    """All random numbers that the loss or any history reads."""
+    wanted = dict(LOSS_DRAWS)
+    for kind in History.kinds.values():
+        wanted.update(kind.draws)
+    return wanted
 
-    from data_prep.shards import ShardWriter, write_card
 
+def random_batch(
+    settings: ModelSettings, frames: int, clips: int = 2, height: int = 4, width: int = 6, step: int = 3
+) -> Batch:
+    """A micro-batch of random clips with the random numbers of every history."""
+    x, _, text = random_clip(frames, clips, settings, height, width)
+    ids, sizes = [f"s{i}" for i in range(clips)], settings.chunking.sizes(frames)
+    return Batch(ids, x, text, make_draws(every_draw(), 0, step, ids, tuple(x.shape[1:]), len(sizes)), sizes)
+
+
+def write_dataset(
+    folder: Path, count: int = 12, frames: int = 9, settings: ModelSettings | None = None, height: int = 4,
+    width: int = 6, seed: int = 0,
+) -> Path:  # fmt: skip
+    """A dataset folder of random latents, written with the real writer. Frames have to do with one another."""
     settings = settings or tiny_settings()
     stream = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     with ShardWriter(folder, 5) as writer:
         for index in range(count):
             latent = stream.standard_normal((settings.channels, frames, height, width)).astype(np.float32)
-            latent = np.cumsum(latent, axis=1) / np.sqrt(np.arange(1, frames + 1))[:, None, None]  # frames that have to do with one another
+            latent = np.cumsum(latent, axis=1) / np.sqrt(np.arange(1, frames + 1))[:, None, None]
             text = stream.standard_normal((1 + index % settings.text_len, settings.text_dim))
             writer.add(f"{index:06d}_0000", latent, text, {"caption": f"clip {index}"})
     channels = settings.channels
-    write_card(folder, {
+    card = {
         "schema": 1,
         "codec": {"name": "default", "hash": "c", "settings": {}},
-        "latent": {"channels": channels, "frames": frames, "height": height, "width": width, "dtype": "float16", "strides": [4, 8, 8], "mean": [0.0] * channels, "std": [1.0] * channels},
+        "latent": {
+            "channels": channels, "frames": frames, "height": height, "width": width, "dtype": "float16",
+            "strides": [4, 8, 8], "mean": [0.0] * channels, "std": [1.0] * channels,
+        },
         "video": {"fps": 16, "frames": 4 * frames - 3, "height": 8 * height, "width": 8 * width},
         "text": {"name": "default", "dim": settings.text_dim, "max_tokens": settings.text_len, "hash": "t"},
         "empty_caption": [[0.1] * settings.text_dim],
@@ -88,7 +131,8 @@ def write_dataset(folder, count: int = 12, frames: int = 9, settings: config.Mod
         "skipped": [],
         "shards": writer.shards,
         "source": {"path": "", "settings": {}},
-    })  # fmt: skip
+    }  # fmt: skip
+    write_card(folder, card)
     return folder
 
 
@@ -97,8 +141,14 @@ def wan_folder(tmp_path_factory):
     """A tiny random VAE of Wan's architecture, as diffusers saves it."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    vae = diffusers.AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
-                                     latents_mean=[0.1 * n for n in range(16)], latents_std=[0.5 + n for n in range(16)])
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=8,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.1 * n for n in range(16)],
+        latents_std=[0.5 + n for n in range(16)],
+    )
     folder = tmp_path_factory.mktemp("wan")
     vae.save_pretrained(folder / "vae")
     return folder
@@ -111,12 +161,38 @@ def umt5_folder(tmp_path_factory):
     tokenizers = pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("umt5")
     words = ["<pad>", "</s>", "<unk>", "a", "red", "circle"]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
-                                         unk_token="<unk>").save_pretrained(folder / "tokenizer")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder / "tokenizer")
     torch.manual_seed(0)
     config = transformers.UMT5Config(vocab_size=8, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
     transformers.UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
     return folder
+
+
+# ---- runs that several tests read. None of them may change what a fixture gives.
+
+
+@pytest.fixture(scope="session")
+def plain_run(tmp_path_factory):
+    """A recipe's run in one process without DeepSpeed, with one micro-batch of four clips: a `PlainRun`."""
+    from tests.engine.runs import recipe_dict, train_plainly
+
+    folder = tmp_path_factory.mktemp("data")
+    write_dataset(folder / "short")
+    write_dataset(folder / "long", count=7, frames=14, seed=1)
+    return train_plainly(from_dict(recipe_dict(folder, folder, micro_batch=4)), folder)
+
+
+@pytest.fixture(scope="session")
+def two_rank_run(plain_run, tmp_path_factory):
+    """The same on two ZeRO-3 ranks, saved every ten steps: the run's folder, and what each rank was given."""
+    from tests.engine.runs import recipe_dict, train_on_ranks
+
+    out = tmp_path_factory.mktemp("two") / "run"
+    return out, train_on_ranks(2, recipe_dict(plain_run.data, out, save_every=10, keep=10))

@@ -1,32 +1,39 @@
-"""Runs a function on several ranks (gloo, CPU), each a process of its own that reports back through a file."""
+"""Runs a function on several ranks (gloo, CPU): each a process that reports back through a file.
 
+Processes are forked from one server that has imported torch and DeepSpeed already, so a rank starts in a moment. On a
+machine with a GPU, where a fork could meet a started CUDA, they are started afresh.
+"""
+
+import contextlib
+import faulthandler
+import importlib
 import json
+import multiprocessing
 import os
+import signal
 import socket
-import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
 
-_CHILD = """
-import importlib, json, os, sys
-import torch.distributed as dist
-module, function, arguments, out = sys.argv[1:]
-result = getattr(importlib.import_module(module), function)(**json.loads(arguments))
-with open(out, "w") as file:
-    json.dump(result, file)
-if dist.is_initialized():
-    dist.barrier()
-    dist.destroy_process_group()
-sys.stdout.flush()
-os._exit(0)  # gloo's threads, held by DeepSpeed's objects, now and then abort the process on its way out
-"""
+if Path("/dev/nvidiactl").exists():
+    _processes = multiprocessing.get_context("spawn")
+else:
+    _processes = multiprocessing.get_context("forkserver")
+    _processes.set_forkserver_preload(["deepspeed", "rf_train.train", "rf_train.plan"])
 
 
-def run_distributed(function, world_size: int, timeout: float = 240, **arguments) -> list:
-    """Calls `function` (of a test module) with JSON `arguments` on `world_size` ranks; returns what each rank returned. Raises with a failing rank's output."""
+def run_distributed(function: Callable, world_size: int, timeout: float = 240, **arguments) -> list:
+    """Calls `function` (of a test module) with JSON `arguments` on `world_size` ranks.
+
+    Returns what each rank returned. Raises AssertionError with the output of every rank when one fails, and when they
+    don't end in `timeout` seconds: then with the place where each stands, too.
+    """
     for attempt in range(3):
         try:
             return _run(function, world_size, timeout, arguments)
@@ -36,29 +43,90 @@ def run_distributed(function, world_size: int, timeout: float = 240, **arguments
     raise AssertionError("unreachable")
 
 
-def _run(function, world_size: int, timeout: float, arguments: dict) -> list:
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """The environment variables that a launcher gives to a rank."""
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
+        return probe.getsockname()[1]
+
+
+def _run(function: Callable, world_size: int, timeout: float, arguments: dict) -> list:
+    port = free_port()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         ranks = []
         for rank in range(world_size):
-            environment = {
-                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1",
-            }  # fmt: skip
-            command = [sys.executable, "-c", _CHILD, function.__module__, function.__name__, json.dumps(arguments), f"{folder}/{rank}.json"]
-            log = open(f"{folder}/{rank}.log", "w+")
-            ranks.append((subprocess.Popen(command, env=environment, cwd=PROJECT, stdout=log, stderr=subprocess.STDOUT), log))
+            environment = rank_environment(rank, world_size, port)
+            call = (function.__module__, function.__name__, json.dumps(arguments), environment, str(folder / str(rank)))
+            ranks.append(_processes.Process(target=_rank_main, args=call, daemon=True))
         try:
-            codes = [process.wait(timeout) for process, _ in ranks]
+            for process in ranks:
+                process.start()
+            ended = _wait(ranks, timeout)
+            if not ended:
+                _dump_stacks(ranks)
         finally:
-            for process, _ in ranks:
+            for process in ranks:
                 process.kill()
-        for code, (_, log) in zip(codes, ranks):
-            log.seek(0)
-            text = log.read()
-            log.close()
-            if code:
-                raise AssertionError(f"a rank failed with code {code}:\n{text[-4000:]}")
-        return [json.loads(Path(f"{folder}/{rank}.json").read_text()) for rank in range(world_size)]
+                process.join()
+        codes = [process.exitcode for process in ranks]
+        logs = [(folder / f"{rank}.log").read_text(errors="replace") for rank in range(world_size)]
+        if not ended or any(codes):
+            what = f"ranks ended with {codes}" if ended else f"ranks did not end in {timeout} s"
+            told = "".join(f"\n----- rank {rank}\n{log[-6000:]}" for rank, log in enumerate(logs))
+            raise AssertionError(f"{function.__name__}: {what}{told}")
+        return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def _wait(ranks: list[BaseProcess], timeout: float) -> bool:
+    """Whether all ranks end in time. When one fails, the others have half a minute."""
+    end = time.monotonic() + timeout
+    while any(process.is_alive() for process in ranks):
+        if any(process.exitcode for process in ranks):
+            end = min(end, time.monotonic() + 30)
+        if time.monotonic() > end:
+            return any(process.exitcode for process in ranks)
+        time.sleep(0.02)
+    return True
+
+
+def _dump_stacks(ranks: list[BaseProcess]) -> None:
+    for process in ranks:
+        with contextlib.suppress(ProcessLookupError, TypeError):
+            os.kill(process.pid, signal.SIGUSR1)
+    time.sleep(1)
+
+
+def _rank_main(module: str, function: str, arguments: str, environment: dict[str, str], out: str) -> None:
+    log = os.open(out + ".log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    os.environ.update(environment)
+
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    code = 1
+    try:
+        result = getattr(importlib.import_module(module), function)(**json.loads(arguments))
+        Path(out + ".json").write_text(json.dumps(result))
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+        code = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # gloo's threads, held by DeepSpeed's objects, now and then abort the process on its way out

@@ -1,0 +1,92 @@
+"""Wan 2.1's video VAE as a codec, by diffusers' AutoencoderKLWan."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_prep.files import sha256_of_files
+from data_prep.geometry import WAN_2_1
+
+
+class WanCodec:
+    """Wan 2.1's VAE from a local folder, or from its subfolder `vae`.
+
+    Latents are the posterior's mode, normalised with the mean and std of the VAE's own config. Both ways run in
+    pieces of 1 + 4 + 4 + ... frames, with the network's causal cache in between. The result is exactly that of the
+    whole, and one piece at a time is on the device. bfloat16 on a GPU, float32 on a CPU, unless `dtype` is given.
+
+    Raises ValueError, in one line, when the folder holds no VAE of Wan 2.1.
+    """
+
+    name = "wan"
+    geometry = WAN_2_1
+
+    def __init__(self, folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None):
+        from diffusers import AutoencoderKLWan  # here, since it takes seconds to import
+
+        folder = Path(folder).absolute()
+        root = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
+        config_file, weights = root / "config.json", list(root.glob("*.safetensors"))
+        if not config_file.is_file() or not weights:
+            raise ValueError(f"{folder}: no Wan VAE here, expected config.json and *.safetensors")
+        try:
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{config_file}: not JSON ({error})") from None
+        if config.get("_class_name") != "AutoencoderKLWan":
+            raise ValueError(f"{config_file}: holds {config.get('_class_name')!r}, expected 'AutoencoderKLWan'")
+        self.folder: str | None = str(folder)
+        self.device = torch.device(device)
+        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        options = {"torch_dtype": self.dtype, "use_safetensors": True, "local_files_only": True}
+        try:
+            vae = AutoencoderKLWan.from_pretrained(root, **options)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{folder}: the Wan VAE does not load ({str(error).splitlines()[0]})") from None
+        self.vae = vae.eval().requires_grad_(False).to(self.device)
+        found = vae.config
+        self.mean, self.std = [float(v) for v in found.latents_mean], [float(v) for v in found.latents_std]
+        strides = found.scale_factor_temporal, found.scale_factor_spatial, found.scale_factor_spatial
+        if (found.z_dim, strides) != (WAN_2_1.channels, WAN_2_1.strides) or found.patch_size is not None:
+            expected = f"expected {WAN_2_1.channels} and {WAN_2_1.strides} (Wan 2.1)"
+            raise ValueError(f"{folder}: a VAE of {found.z_dim} channels and strides {strides}, {expected}")
+        self.settings = {"latent": "posterior mode", "dtype": str(self.dtype).removeprefix("torch.")}
+        self.hash = sha256_of_files(weights, {key: config[key] for key in config if key != "_diffusers_version"})
+
+    def _cache(self, network: torch.nn.Module) -> list:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
+        return [None] * sum(isinstance(module, WanCausalConv3d) for module in network.modules())
+
+    @torch.no_grad()
+    def encode(self, frames: np.ndarray) -> np.ndarray:
+        """uint8 [T, H, W, 3] -> float32 [16, 1 + (T - 1) / 4, H / 8, W / 8], normalised."""
+        shape, time = self.geometry.latent_shape_of(frames), self.geometry.strides[0]
+        mean, std = (torch.tensor(numbers).view(-1, 1, 1, 1) for numbers in (self.mean, self.std))
+        cache, latents = self._cache(self.vae.encoder), []
+        for k in range(shape[1]):
+            part = np.ascontiguousarray(frames[max(0, time * (k - 1) + 1) : time * k + 1])
+            pixels: Any = torch.from_numpy(part).to(self.device)
+            pixels = (pixels.permute(3, 0, 1, 2)[None].float() / 127.5 - 1).to(self.dtype)
+            z = self.vae.quant_conv(self.vae.encoder(pixels, feat_cache=cache, feat_idx=[0]))
+            latents.append((z[0, : shape[0]].float().cpu() - mean) / std)  # the other half is the log-variance
+        return torch.cat(latents, dim=1).numpy()
+
+    @torch.no_grad()
+    def decode(self, latent: np.ndarray | Tensor) -> np.ndarray:
+        """float [16, T, H, W] -> uint8 [1 + 4 (T - 1), 8 H, 8 W, 3]."""
+        latent = torch.as_tensor(latent).detach().cpu().float()
+        self.geometry.check_latent(tuple(latent.shape))
+        mean, std = (torch.tensor(numbers).view(-1, 1, 1, 1) for numbers in (self.mean, self.std))
+        latent = latent * std + mean
+        cache, frames = self._cache(self.vae.decoder), []
+        for k in range(latent.shape[1]):
+            z = self.vae.post_quant_conv(latent[None, :, k : k + 1].to(self.device, self.dtype))
+            x = self.vae.decoder(z, feat_cache=cache, feat_idx=[0], first_chunk=k == 0)[0].float()
+            x = x.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+            frames.append(x.permute(1, 2, 3, 0).cpu())
+        return torch.cat(frames).numpy()

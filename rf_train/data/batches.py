@@ -1,0 +1,91 @@
+"""The micro-batches of every step.
+
+A step's clips are cut into micro-steps: what all ranks compute at once. In each, every replica (the ranks that share
+clips; one rank without sequence parallelism) has one micro-batch. The clips of a step are a function of (seed, step)
+and the recipe alone: the same with any number of replicas, and after any resume.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from rf_train.config import Recipe, Stage
+from rf_train.data.latent_dataset import LatentDataset
+from rf_train.diffusion.batch import Batch
+from rf_train.diffusion.randomness import LOSS_DRAWS, make_draws
+from rf_train.model.transformer import pad_text
+
+
+def open_datasets(recipe: Recipe) -> dict[str, LatentDataset]:
+    """Every dataset that the stages name, by folder. Raises ValueError when codecs or text encoders differ."""
+    folders = [recipe.dataset_of(stage) for stage in recipe.stages]
+    if "" in folders:
+        raise ValueError("data.train: no dataset folder is set")
+    datasets = {folder: LatentDataset(folder, recipe.model) for folder in dict.fromkeys(folders)}
+    first = next(iter(datasets.values()))
+    for folder, dataset in datasets.items():
+        for part in ("codec", "text"):
+            if dataset.card[part]["hash"] != first.card[part]["hash"]:
+                raise ValueError(f"{folder}: its {part} is not that of {first.folder}; stages can't mix them")
+    for stage in recipe.stages:
+        datasets[recipe.dataset_of(stage)].clip_frames(stage)
+    return datasets
+
+
+def micro_steps(stage: Stage, micro_batch: int, replicas: int) -> int:
+    """Micro-steps in a step of `stage`. Raises ValueError when its batch doesn't split evenly."""
+    if stage.batch % (micro_batch * replicas):
+        split = f"optimizer.micro_batch={micro_batch} x {replicas} replicas"
+        raise ValueError(f"stage {stage.name}: batch={stage.batch} is not a multiple of {split}")
+    return stage.batch // (micro_batch * replicas)
+
+
+def step_batches(
+    recipe: Recipe, datasets: dict[str, LatentDataset], step: int, replica: int, replicas: int
+) -> list[Batch]:
+    """The micro-batches of one replica in the 0-based `step`, one per micro-step, on the CPU."""
+    stage, begin, _ = recipe.span_at(step)
+    folder = recipe.dataset_of(stage)
+    earlier = [span for span in recipe.stage_spans if span.end <= begin and recipe.dataset_of(span.stage) == folder]
+    first = sum(span.stage.steps * span.stage.batch for span in earlier) + (step - begin) * stage.batch
+    samples = datasets[folder].samples_at(recipe.run.seed, first, stage.batch)
+    size, batches = recipe.optimizer.micro_batch, []
+    for micro_step in range(micro_steps(stage, size, replicas)):
+        own = (micro_step * replicas + replica) * size
+        batches.append(_read_batch(recipe, stage, datasets[folder], step, samples[own : own + size]))
+    return batches
+
+
+def _read_batch(
+    recipe: Recipe, stage: Stage, dataset: LatentDataset, step: int, samples: list[tuple[int, str]]
+) -> Batch:
+    """The clips `samples`, pairs of (index, id), with their random numbers of `step`."""
+    ids = [name for _, name in samples]
+    frames = dataset.clip_frames(stage)
+    clips = [dataset.read(index, frames) for index, _ in samples]
+    x = torch.stack([latent for latent, _, _ in clips])
+    sizes = recipe.model.chunking.sizes(frames)
+    wanted = {**LOSS_DRAWS, **stage.history.draws}
+    draws = make_draws(wanted, recipe.run.seed, step, ids, tuple(x.shape[1:]), len(sizes))
+    dropped = (draws["caption_dropout"] < recipe.flow.caption_dropout).tolist()
+    captions = [dataset.empty_caption if drop else text for drop, (_, text, _) in zip(dropped, clips)]
+    return Batch(ids, x, pad_text(captions, recipe.model), draws, sizes)
+
+
+def steps(
+    recipe: Recipe, datasets: dict[str, LatentDataset], first: int, replica: int, replicas: int
+) -> Iterator[tuple[int, list[Batch]]]:
+    """(step, its micro-batches) from step `first` to the recipe's end.
+
+    The next step is read while this one is computed.
+    """
+    arguments = (replica, replicas)
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(step_batches, recipe, datasets, first, *arguments) if first < recipe.steps else None
+        for step in range(first, recipe.steps):
+            assert ahead is not None
+            batches = ahead.result()
+            if step + 1 < recipe.steps:
+                ahead = reader.submit(step_batches, recipe, datasets, step + 1, *arguments)
+            yield step, batches

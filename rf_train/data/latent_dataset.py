@@ -1,0 +1,119 @@
+"""A folder of latent shards as a list of samples in a seeded order.
+
+    card -> index of every sample in its shard -> one order per epoch -> samples at given positions
+
+Samples are read by their offsets in the tar files. Nothing is unpickled.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_prep.card import read_card
+from data_prep.shards import index_shard, read_sample
+from rf_train.config import Stage
+from rf_train.model.settings import ModelSettings
+
+
+class LatentDataset:
+    """A dataset folder that `data_prep.encode` wrote, for a given model.
+
+    Raises ValueError when its card doesn't fit the model; the message names every difference.
+    """
+
+    def __init__(self, folder: str | Path, model: ModelSettings):
+        self.folder = Path(folder)
+        self.card = read_card(self.folder)
+        check_card(self.card, model, self.folder)
+        latent = self.card["latent"]
+        self.tokens_per_frame = model.tokens_per_frame(latent["height"], latent["width"])
+        self.sample_index = [
+            (shard["file"], key, members)
+            for shard in self.card["shards"]
+            for key, members in index_shard(self.folder / shard["file"])
+        ]
+        counted = self.card["counts"]["samples"]
+        if len(self.sample_index) != counted:
+            raise ValueError(
+                f"{self.folder}: the card counts {counted} samples, the shards hold {len(self.sample_index)}"
+            )
+        self.empty_caption = torch.tensor(self.card["empty_caption"], dtype=torch.float32)
+        self._order: tuple[tuple[int, int], np.ndarray] | None = None  # of the last (seed, epoch) asked for
+
+    def __len__(self) -> int:
+        return len(self.sample_index)
+
+    def key(self, index: int) -> str:
+        """The name of sample `index`."""
+        return self.sample_index[index][1]
+
+    def summary(self) -> dict:
+        """What must be the same on every rank: the number of samples, and a hash of what the card says of them."""
+        parts = json.dumps(
+            [self.card[key] for key in ("codec", "latent", "text", "empty_caption", "shards")], sort_keys=True
+        )
+        return {"samples": len(self), "card": hashlib.sha256(parts.encode()).hexdigest()[:16]}
+
+    def read(self, index: int, frames: int = 0) -> tuple[Tensor, Tensor, dict]:
+        """Sample `index`: latent fp32 [C, F, H, W], text fp32 [L, D], and its JSON.
+
+        `frames` cuts the latent to its first frames; 0 = all.
+        """
+        file, _, members = self.sample_index[index]
+        stored, text, meta = read_sample(self.folder / file, members)
+        latent = torch.from_numpy(stored[:, : frames or None].astype(np.float32))
+        return latent, torch.from_numpy(text.astype(np.float32)), meta
+
+    def clip_frames(self, stage: Stage) -> int:
+        """Latent frames of a clip in `stage`. Raises ValueError when the dataset's clips are shorter."""
+        return clip_frames(self.card, stage, self.folder)
+
+    def samples_at(self, seed: int, first: int, count: int) -> list[tuple[int, str]]:
+        """(index, id) of the samples at positions first .. first + count - 1 of an endless stream of epochs.
+
+        Each epoch has a fresh order. The id names sample and epoch, so that no two positions share their random
+        numbers.
+        """
+        samples = []
+        for position in range(first, first + count):
+            epoch, place = divmod(position, len(self))
+            index = int(self._epoch_order(seed, epoch)[place])
+            samples.append((index, f"{self.key(index)}@{epoch}"))
+        return samples
+
+    def _epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+        if self._order is None or self._order[0] != (seed, epoch):
+            digest = hashlib.sha256(f"{seed}\0order\0{epoch}".encode()).digest()
+            stream = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+            self._order = (seed, epoch), stream.permutation(len(self))
+        return self._order[1]
+
+
+def clip_frames(card: dict, stage: Stage, folder: str | Path) -> int:
+    """Latent frames of a clip of `stage` in a dataset. Raises ValueError when its clips are shorter."""
+    stored = card["latent"]["frames"]
+    if stage.frames > stored:
+        raise ValueError(
+            f"stage {stage.name}: frames={stage.frames}, but {folder} holds clips of {stored} latent frames"
+        )
+    return stage.frames or stored
+
+
+def check_card(card: dict, model: ModelSettings, folder: str | Path) -> None:
+    """Raises ValueError that lists every way in which a dataset's card doesn't fit the model."""
+    latent, text, wrong = card["latent"], card["text"], []
+    if latent["channels"] != model.channels:
+        wrong.append(f"its latents have {latent['channels']} channels, model.channels is {model.channels}")
+    if text["dim"] != model.text_dim:
+        wrong.append(f"its text vectors are {text['dim']} wide, model.text_dim is {model.text_dim}")
+    if text["max_tokens"] > model.text_len:
+        wrong.append(f"its captions have up to {text['max_tokens']} tokens, model.text_len is {model.text_len}")
+    if latent["height"] % model.patch or latent["width"] % model.patch:
+        size = f"{latent['height']}x{latent['width']}"
+        wrong.append(f"its latents are {size}, not a multiple of model.patch {model.patch}")
+    if wrong:
+        raise ValueError(f"{folder}: the dataset does not fit the model: " + "; ".join(wrong))

@@ -1,0 +1,31 @@
+"""A micro-batch: what one forward and backward pass of a rank reads."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B clips in N chunks, and their random numbers."""
+
+    ids: list[str]  # sample and epoch, such as "000012_0001@3"
+    x: Tensor  # [B, C, F, H, W] fp32, the clean latents
+    text: Tensor  # [B, text_len, text_dim] fp32, zero-padded; dropped captions are the empty one already
+    draws: dict[str, Tensor]  # random numbers by purpose, see `randomness.make_draws`
+    chunk_sizes: list[int]  # N numbers: latent frames of each chunk
+    present: Tensor | None = None  # bool [B, F]: which latent frames are there; None: all of them
+
+    @property
+    def history_frames(self) -> int:
+        """Latent frames of the history stream: all chunks but the last, which nothing reads."""
+        return sum(self.chunk_sizes[:-1])
+
+    def to(self, device: torch.device) -> "Batch":
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        draws = {purpose: moved(tensor) for purpose, tensor in self.draws.items()}
+        present = None if self.present is None else moved(self.present)
+        return replace(self, x=moved(self.x), text=moved(self.text), draws=draws, present=present)

@@ -1,0 +1,311 @@
+"""The attention of both streams, over the pairs of chunks that exist and no others (Figure 3c).
+
+    history chunk i reads history chunks <= i
+    noisy chunk i   reads history chunks <  i, and itself
+
+The queries of one chunk, together with the keys that they read, are a `QueryBlock`. A pass without a cache computes all
+its query blocks in few and large calls of the flash kernel. With a cache, each query block is one call. No mask is
+built, except for routing, where each query token makes its own choice. Suffixes: B batch, H heads, L tokens, D head
+width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rf_train.model.chunks import Attention, Chunk, Routed
+from rf_train.model.kv_cache import LayerKVCache, consecutive_slices
+
+Kernels = tuple[Callable[..., Any], Callable[..., Any]]  # forward and backward, see `flash_kernels`
+
+
+@dataclass(frozen=True)
+class PassLayout:
+    """The chunks of each stream of a pass, lengths in tokens, and what they may read.
+
+    Tokens stand in the order: history chunks, then noisy chunks. With `noisy_queries_only` (the last block) only the
+    noisy chunks ask: nothing reads what the last block would make of history.
+    """
+
+    history: tuple[Chunk, ...]
+    noisy: tuple[Chunk, ...]
+    attention: Attention
+    noisy_queries_only: bool = False
+
+    @property
+    def history_tokens(self) -> int:
+        return sum(chunk.length for chunk in self.history)
+
+    def of_last_block(self) -> "PassLayout":
+        return replace(self, noisy_queries_only=True)
+
+
+@dataclass(frozen=True)
+class QueryBlock:
+    """The queries of one chunk and the keys that they read, as slices along L."""
+
+    queries: slice
+    earlier: tuple[slice, ...]  # the history chunks that it reads, neighbours joined
+    own: slice  # its own keys
+    noisy: bool
+    earlier_lengths: tuple[int, ...]  # tokens of each earlier chunk, in order
+
+    @property
+    def keys(self) -> tuple[slice, ...]:
+        return join_neighbours([*self.earlier, self.own])
+
+
+def two_stream_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: PassLayout, kv_cache: LayerKVCache | None = None, stash: dict | None = None
+) -> Tensor:
+    """Attention of the history and noisy chunks of a pass.
+
+    q, k, v [B, H, L, D]: the tokens of `layout`, in its order; q has only the noisy ones with
+    `layout.noisy_queries_only`. `kv_cache` holds earlier history; the history chunks of this pass are appended to it.
+    `stash`: for selective recomputation. It is empty in the forward pass and carries the result to the repetition in
+    backward, so that attention doesn't run twice (routed attention does). Returns [B, H, L of q, D].
+    """
+    history, noisy, new_tokens = layout.history, layout.noisy, layout.history_tokens
+    noisy_lengths = [chunk.length for chunk in noisy]
+    if kv_cache is None:
+        chunks = [chunk.index for chunk in history]
+        chunk_slices = consecutive_slices([chunk.length for chunk in history])
+        noisy_keys = consecutive_slices(noisy_lengths, new_tokens)
+    else:
+        kv_cache.append(k[:, :, :new_tokens], v[:, :, :new_tokens], history)
+        k, v = kv_cache.followed_by(k[:, :, new_tokens:], v[:, :, new_tokens:])
+        chunks, chunk_slices = kv_cache.chunks, kv_cache.chunk_slices
+        noisy_keys = consecutive_slices(noisy_lengths, kv_cache.tokens)
+    history_keys = chunk_slices[len(chunk_slices) - len(history) :]
+
+    asking = [] if layout.noisy_queries_only else [(*pair, False) for pair in zip(history, history_keys)]
+    asking += [(*pair, True) for pair in zip(noisy, noisy_keys)]
+    blocks = query_blocks(asking, chunks, chunk_slices, layout.attention)
+    if not blocks:
+        return q[:, :, :0]
+    if isinstance(layout.attention, Routed):
+        return torch.cat([routed_block(q, k, v, block, layout.attention.top_k) for block in blocks], dim=2)
+    if kv_cache is None and (kernels := flash_kernels(q)):
+        return TwoStreamAttention.apply(q, k, v, blocks, kernels, stash)
+    return torch.cat([_plain_block(q, k, v, block) for block in blocks], dim=2)
+
+
+def query_blocks(
+    asking: list[tuple[Chunk, slice, bool]], chunks: list[int], chunk_slices: list[slice], attention: Attention
+) -> list[QueryBlock]:
+    """A query block for each (chunk, its own keys, whether it is noisy) in `asking`, in the order of the queries.
+
+    The keys of history chunk `chunks[n]` (an index in the clip) stand at `chunk_slices[n]`.
+    """
+    blocks, begin = [], 0
+    for chunk, own, noisy in asking:
+        seen = [chunk_slices[position] for position in attention.visible(chunk.index, chunks)]
+        lengths = tuple(piece.stop - piece.start for piece in seen)
+        blocks.append(QueryBlock(slice(begin, begin + chunk.length), join_neighbours(seen), own, noisy, lengths))
+        begin += chunk.length
+    return blocks
+
+
+def join_neighbours(pieces: list[slice]) -> tuple[slice, ...]:
+    """Joins slices that touch one another."""
+    joined: list[slice] = []
+    for piece in pieces:
+        if joined and piece.start == joined[-1].stop:
+            joined[-1] = slice(joined[-1].start, piece.stop)
+        else:
+            joined.append(piece)
+    return tuple(joined)
+
+
+def select_tokens(x: Tensor, pieces: tuple[slice, ...]) -> Tensor:
+    """The tokens of the pieces of x [B, H, L, D], joined: a view of one piece, a copy of several."""
+    parts = [x[:, :, piece] for piece in pieces]
+    if len(parts) == 1:
+        return parts[0]
+    # In memory the heads of a token stand next to each other, as the linear layers write them.
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
+
+
+def restore_order(x: Tensor, pieces: tuple[slice, ...]) -> Tensor:
+    """Undoes `select_tokens` of pieces that hold every token once."""
+    slices = consecutive_slices([piece.stop - piece.start for piece in pieces])
+    return select_tokens(x, tuple(now for _, now in sorted(zip(pieces, slices), key=lambda pair: pair[0].start)))
+
+
+def _plain_block(q: Tensor, k: Tensor, v: Tensor, block: QueryBlock) -> Tensor:
+    """One query block by `scaled_dot_product_attention`."""
+    k, v = select_tokens(k, block.keys), select_tokens(v, block.keys)
+    return F.scaled_dot_product_attention(q[:, :, block.queries], k, v)
+
+
+# ---- history routing
+
+
+def routed_block(q: Tensor, k: Tensor, v: Tensor, block: QueryBlock, top_k: int) -> Tensor:
+    """One query block with history routing."""
+    q, k, v = q[:, :, block.queries], select_tokens(k, block.keys), select_tokens(v, block.keys)
+    mask = routed_mask(q, k, list(block.earlier_lengths), top_k) if len(block.earlier_lengths) > top_k else None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@torch.no_grad()
+def routed_mask(q: Tensor, k: Tensor, lengths: list[int], top_k: int) -> Tensor:
+    """History routing (eq. 8-9): bool [B, H, S, L], True where a query token reads.
+
+    Each query token and head reads its own chunk and the `top_k` earlier chunks j with the largest q . mean(K_j). q [B,
+    H, S, D]. k [B, H, L, D]: earlier chunks of the given `lengths`, then the own chunk; keys as attention sees them,
+    after rotary embedding. The choice is not differentiated.
+    """
+    earlier = sum(lengths)
+    parts = k[:, :, :earlier].split(lengths, dim=2)
+    means = torch.stack([part.mean(dim=2) for part in parts], dim=2)  # (B, H, chunks, D)
+    scores = q @ means.transpose(2, 3)  # (B, H, S, chunks)
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(3, scores.topk(top_k, dim=3).indices, True)
+    mask = chosen.repeat_interleave(torch.tensor(lengths, device=q.device), dim=3, output_size=earlier)
+    return F.pad(mask, (0, k.shape[2] - earlier), value=True)
+
+
+# ---- all query blocks of a pass in few calls of the flash kernel
+
+
+def flash_kernels(q: Tensor) -> Kernels | None:
+    """(forward, backward) of the device's flash kernel, the one under `scaled_dot_product_attention`.
+
+    forward(q, k, v) -> (out, log-sums [B, H, L] in fp32, what else backward wants);
+    backward(grad, q, k, v, out, log-sums, the rest) -> gradients of q, k and v.
+    None where the kernel can't take q's dtype.
+    """
+    if q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return _cpu_forward, _cpu_backward
+    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:
+        return _cuda_forward, _cuda_backward
+    return None
+
+
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple]:
+    out, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    return out, log_sums, ()
+
+
+def _cpu_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, _: tuple
+) -> tuple[Tensor, Tensor, Tensor]:
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return backward(grad, q, k, v, out, log_sums, 0.0, False)
+
+
+def _cuda_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple]:
+    out, log_sums, *rest, _ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
+    return out, log_sums, tuple(rest)
+
+
+def _cuda_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, rest: tuple
+) -> tuple[Tensor, Tensor, Tensor]:
+    cum_q, cum_k, max_q, max_k, seed, offset = rest
+    log_sums = log_sums.contiguous()  # this kernel takes it to be packed
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
+    return backward(grad, q, k, v, out, log_sums, cum_q, cum_k, max_q, max_k, 0.0, False, seed, offset)
+
+
+def kernel_calls(blocks: list[QueryBlock]) -> tuple[tuple[slice, ...], list[tuple[slice, slice]]]:
+    """The query blocks in few, large kernel calls: (an order of the queries, pairs of (queries in that order, keys)).
+
+    History chunk i and noisy chunk i + 1 read the same history, chunks 0 .. i. Their queries are put next to each
+    other, and make one row of the causal triangle. A triangle of rows is one rectangle (the lower half of the rows, the
+    keys that its first row has) and two triangles of half the size. Each rectangle is one call. A noisy chunk reads
+    itself in a call of its own.
+    """
+
+    def reads(block: QueryBlock) -> list[tuple[int, int]]:
+        return [(keys.start, keys.stop) for keys in (block.earlier if block.noisy else block.keys)]
+
+    blocks = sorted(blocks, key=reads)
+    order = tuple(block.queries for block in blocks)
+    triangles: dict[int, dict[int, list[int]]] = {}  # first key -> last key -> queries [from, to]
+    calls: list[tuple[slice, slice]] = []
+    for block, queries in zip(blocks, consecutive_slices([piece.stop - piece.start for piece in order])):
+        for start, stop in reads(block):
+            row = triangles.setdefault(start, {}).setdefault(stop, [queries.start, queries.stop])
+            row[1] = queries.stop
+        if block.noisy:
+            calls.append((queries, block.own))
+    for start, triangle in triangles.items():
+        _split_triangle(start, [(stop, *queries) for stop, queries in triangle.items()], calls)
+    return order, calls
+
+
+def _split_triangle(start: int, rows: list[tuple[int, ...]], calls: list[tuple[slice, slice]]) -> None:
+    """Adds the calls of a triangle to `calls`.
+
+    `rows`: (last key, queries from, to), ascending; all keys begin at `start`.
+    """
+    half = len(rows) // 2
+    corner = rows[max(half - 1, 0)][0]
+    calls.append((slice(rows[half][1], rows[-1][2]), slice(start, corner)))
+    if half:
+        _split_triangle(start, rows[:half], calls)
+        _split_triangle(corner, rows[half:], calls)
+
+
+def merged_attention(
+    q: Tensor, k: Tensor, v: Tensor, calls: list[tuple[slice, slice]], forward: Callable[..., Any]
+) -> tuple[Tensor, Tensor, list[tuple]]:
+    """Runs the kernel on each pair of queries and keys, and merges the results of the same query by their log-sums.
+
+    Returns (output, log-sums [B, H, L] in fp32, what else the backward of each call wants).
+    """
+    out = torch.zeros_like(q, dtype=torch.float32)
+    log_sums = q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
+    rests = []
+    for queries, keys in calls:
+        part, part_sums, rest = forward(q[:, :, queries], k[:, :, keys], v[:, :, keys])
+        share = torch.sigmoid(part_sums - log_sums[:, :, queries])
+        out[:, :, queries].lerp_(part.float(), share[..., None])
+        log_sums[:, :, queries] = torch.logaddexp(log_sums[:, :, queries], part_sums)
+        rests.append(rest)
+    return out.to(q.dtype), log_sums, rests
+
+
+class TwoStreamAttention(torch.autograd.Function):
+    """All query blocks of a pass.
+
+    Backward needs q, k, v, the output and its log-sums: memory grows with tokens, not with their square. The backward
+    of flash attention makes the softmax again from the whole row's output and log-sum. So the gradients of each call
+    come out right on their own, and are added.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: list[QueryBlock], kernels: Kernels, stash: dict | None
+    ) -> Tensor:
+        order, calls = kernel_calls(blocks)
+        q = select_tokens(q, order)
+        if stash:
+            out, log_sums, rests = stash.pop("attention")
+        else:
+            out, log_sums, rests = merged_attention(q, k, v, calls, kernels[0])
+            if stash is not None:
+                stash["attention"] = out, log_sums, rests
+        ctx.save_for_backward(q, k, v, out, log_sums)
+        ctx.order, ctx.calls, ctx.rests, ctx.backward_kernel = order, calls, rests, kernels[1]
+        return restore_order(out, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, log_sums = ctx.saved_tensors
+        grad = select_tokens(grads[0], ctx.order)
+        grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
+        for (queries, keys), rest in zip(ctx.calls, ctx.rests):
+            of_queries = [x[:, :, queries] for x in (grad, q, out, log_sums)]
+            part_grad, part_q, part_out, part_sums = of_queries
+            dq, dk, dv = ctx.backward_kernel(part_grad, part_q, k[:, :, keys], v[:, :, keys], part_out, part_sums, rest)
+            grad_q[:, :, queries] += dq
+            grad_k[:, :, keys] += dk
+            grad_v[:, :, keys] += dv
+        grad_q = restore_order(grad_q, ctx.order).to(q.dtype)
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None

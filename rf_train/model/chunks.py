@@ -1,0 +1,100 @@
+"""Chunks, the autoregressive units of a clip, and which earlier chunks a chunk may read."""
+
+from dataclasses import dataclass
+
+from rf_train.settings import Kind, require
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk in a pass: its index in the clip (0-based), and its length (latent frames or tokens)."""
+
+    index: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """How a clip is cut into chunks, in latent frames.
+
+    The first chunk may differ (1: a single image starts the video).
+    """
+
+    chunk: int
+    first: int
+
+    def start(self, index: int) -> int:
+        """First latent frame of chunk `index` (0-based)."""
+        return 0 if index == 0 else self.first + (index - 1) * self.chunk
+
+    def sizes(self, frames: int, begin: int = 0) -> list[int]:
+        """Latent frames of each chunk in a run of `frames` that begins with chunk `begin`. The last may be partial."""
+        sizes: list[int] = []
+        while frames > 0:
+            full = self.first if begin + len(sizes) == 0 else self.chunk
+            sizes.append(min(full, frames))
+            frames -= sizes[-1]
+        return sizes
+
+    def chunks(self, frames: int, begin: int = 0) -> tuple[Chunk, ...]:
+        """The chunks of a run of `frames` latent frames that begins with chunk `begin`."""
+        return tuple(Chunk(begin + i, size) for i, size in enumerate(self.sizes(frames, begin)))
+
+    @property
+    def largest(self) -> int:
+        """Latent frames of the largest chunk."""
+        return max(self.chunk, self.first)
+
+
+@dataclass(frozen=True)
+class ModelPass:
+    """One forward pass of the model, as planning counts it. Chunk lengths are latent frames."""
+
+    noisy: tuple[Chunk, ...]
+    history: tuple[Chunk, ...]  # history that this pass computes
+    cached: bool  # whether history before that is read from the K/V cache
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of both streams."""
+        return sum(chunk.length for chunk in self.noisy + self.history)
+
+
+class Attention(Kind):
+    """Which earlier chunks a chunk reads, besides itself. One subclass per kind."""
+
+    def visible(self, query: int, chunks: list[int]) -> list[int]:
+        """Positions in `chunks` (chunk indices, ascending) of the earlier chunks that chunk `query` may read."""
+        return [position for position, chunk in enumerate(chunks) if chunk < query]
+
+
+@dataclass(frozen=True)
+class Dense(Attention, kind="dense"):
+    """All earlier chunks."""
+
+
+@dataclass(frozen=True)
+class Window(Attention, kind="window"):
+    """The last `window` earlier chunks, and the first `sink` chunks of the video."""
+
+    window: int = 6
+    sink: int = 0
+
+    def validate(self) -> None:
+        require(self.window >= 1 and self.sink >= 0, "window must be at least 1, sink at least 0")
+
+    def visible(self, query: int, chunks: list[int]) -> list[int]:
+        seen = super().visible(query, chunks)
+        return [
+            position for position in seen if chunks[position] >= query - self.window or chunks[position] < self.sink
+        ]
+
+
+@dataclass(frozen=True)
+class Routed(Attention, kind="routed"):
+    """For each query token and head, the `top_k` earlier chunks whose mean key fits the query best (eq. 8-9)."""
+
+    top_k: int = 5
+
+    def validate(self) -> None:
+        require(self.top_k >= 1, "top_k must be at least 1")

@@ -1,0 +1,122 @@
+"""The K/V cache of chunk-by-chunk passes: preallocated, appended chunk by chunk.
+
+Pass it by keyword. ZeRO-3's hooks rebuild positional lists and tuples, and appends to the copies are lost.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rf_train.model.chunks import Chunk
+
+
+def consecutive_slices(lengths: Sequence[int], begin: int = 0) -> list[slice]:
+    """Slices of the given lengths, one after another."""
+    slices = []
+    for length in lengths:
+        slices.append(slice(begin, begin + length))
+        begin += length
+    return slices
+
+
+class LayerKVCache:
+    """Keys and values of one layer's history, in buffers [B, H, capacity + scratch, D] that are filled from the front.
+
+    `chunks` are the indices of the cached chunks, `lengths` their tokens. When a new chunk doesn't fit, the oldest
+    chunks that are not among the first `sink` are dropped: the caller makes the buffer so large that no later chunk may
+    read them. `scratch` tokens past the capacity take the keys of a noisy chunk, so that history and noisy chunk are
+    one run of keys without a copy.
+    """
+
+    def __init__(
+        self, batch: int, heads: int, capacity: int, scratch: int, head_dim: int, sink: int, dtype: torch.dtype,
+        device: torch.device,
+    ):  # fmt: skip
+        self.buffer_k = torch.empty(batch, heads, capacity + scratch, head_dim, dtype=dtype, device=device)
+        self.buffer_v = torch.empty_like(self.buffer_k)
+        self.capacity, self.sink = capacity, sink
+        self.chunks: list[int] = []
+        self.lengths: list[int] = []
+        self.text: tuple[Tensor, Tensor] | None = None  # cross-attention's keys and values of the caption, made once
+
+    @property
+    def tokens(self) -> int:
+        """Cached tokens."""
+        return sum(self.lengths)
+
+    @property
+    def k(self) -> Tensor:
+        return self.buffer_k[:, :, : self.tokens]
+
+    @property
+    def v(self) -> Tensor:
+        return self.buffer_v[:, :, : self.tokens]
+
+    @property
+    def chunk_slices(self) -> list[slice]:
+        """Where each cached chunk stands along the tokens."""
+        return consecutive_slices(self.lengths)
+
+    def append(self, k: Tensor, v: Tensor, chunks: Sequence[Chunk]) -> None:
+        """Adds history chunks (lengths in tokens) with their keys and values `k`, `v` [B, H, tokens, D]."""
+        for chunk, piece in zip(chunks, consecutive_slices([chunk.length for chunk in chunks])):
+            self._make_room(chunk.length)
+            place = slice(self.tokens, self.tokens + chunk.length)
+            self.buffer_k[:, :, place] = k[:, :, piece]
+            self.buffer_v[:, :, place] = v[:, :, piece]
+            self.chunks.append(chunk.index)
+            self.lengths.append(chunk.length)
+
+    def followed_by(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of history, then those of noisy chunks, `k` and `v` [B, H, tokens, D].
+
+        These aren't cached.
+        """
+        end = self.tokens + k.shape[2]
+        if end > self.buffer_k.shape[2]:
+            return torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
+        self.buffer_k[:, :, self.tokens : end] = k
+        self.buffer_v[:, :, self.tokens : end] = v
+        return self.buffer_k[:, :, :end], self.buffer_v[:, :, :end]
+
+    def _make_room(self, tokens: int) -> None:
+        """Drops the oldest chunks until `tokens` more fit."""
+        while self.tokens + tokens > self.capacity:
+            oldest = sum(index < self.sink for index in self.chunks)
+            if oldest >= len(self.chunks):
+                raise ValueError(f"a chunk of {tokens} tokens does not fit a cache of {self.capacity} tokens")
+            hole, filled = self.chunk_slices[oldest], self.tokens
+            for buffer in (self.buffer_k, self.buffer_v):
+                buffer[:, :, hole.start : filled - (hole.stop - hole.start)] = buffer[:, :, hole.stop : filled].clone()
+            del self.chunks[oldest], self.lengths[oldest]
+
+
+class KVCache:
+    """One `LayerKVCache` per layer, and the number of history chunks written so far.
+
+    Each guidance branch has its own.
+    """
+
+    def __init__(
+        self, layers: int, batch: int, heads: int, capacity: int, scratch: int, head_dim: int, dtype: torch.dtype,
+        device: torch.device, sink: int = 0,
+    ):  # fmt: skip
+        """`capacity` and `scratch` in tokens.
+
+        Raises ValueError with the bytes needed when the device can't give them.
+        """
+        self.bytes = kv_cache_bytes(layers, batch, heads, capacity + scratch, head_dim, dtype)
+        layer = (batch, heads, capacity, scratch, head_dim, sink, dtype, device)
+        try:
+            self.layers = [LayerKVCache(*layer) for _ in range(layers)]
+        except RuntimeError as error:  # torch's out-of-memory errors are RuntimeErrors
+            needed = f"a K/V cache of {capacity + scratch} tokens takes {self.bytes / 2**30:.2f} GiB"
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{needed}, which {device} can't give: {reason}") from None
+        self.chunks_written = 0
+
+
+def kv_cache_bytes(layers: int, batch: int, heads: int, tokens: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of `tokens` tokens."""
+    return 2 * layers * batch * heads * tokens * head_dim * dtype.itemsize

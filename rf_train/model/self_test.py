@@ -1,0 +1,155 @@
+"""Checks of the model in hand before the first step: that it is causal, and that its passes agree.
+
+A wrong mask, a shifted rotary position, or a cache that disagrees with training costs a week of GPU time. These checks
+cost seconds. They run on the run's own weights, chunking and precision, on a small picture, with text.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rf_train.model.chunks import Attention, Dense, Routed
+from rf_train.model.transformer import CausalWan
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the features' standard deviation
+
+
+class SelfTestError(ValueError):
+    """A check that failed. The message names it."""
+
+
+@dataclass(frozen=True)
+class ProbeClip:
+    """A random clip of a few chunks."""
+
+    noisy: Tensor  # [1, C, F, H, W]
+    history: Tensor | None  # [1, C, F', H, W] all chunks but the last; None for a single chunk
+    t: Tensor  # [1, F]
+    text: Tensor  # [1, text_len, text_dim]
+    sizes: list[int]  # latent frames of each chunk
+
+    @classmethod
+    def of(cls, model: CausalWan, chunks: int) -> "ProbeClip":
+        settings, weight = model.settings, model.proj_out.weight
+        frames = model.chunking.start(chunks)
+        sizes = model.chunking.sizes(frames)
+        ranks = model.sequence_parallel.size if model.sequence_parallel is not None else 1
+        shape = (1, settings.channels, frames, 2 * settings.patch, 2 * ranks * settings.patch)
+        stream = torch.Generator().manual_seed(0)
+        noisy, history = (torch.randn(shape, generator=stream).to(weight.device) for _ in range(2))
+        t = torch.rand(1, chunks, generator=stream).to(weight.device)
+        text = torch.randn(1, settings.text_len, settings.text_dim, generator=stream).to(weight.device)
+        t = t.repeat_interleave(torch.tensor(sizes, device=t.device), dim=1)
+        return cls(noisy, history[:, :, : frames - sizes[-1]] if chunks > 1 else None, t, text, sizes)
+
+    @property
+    def frame_slices(self) -> list[slice]:
+        """Where each chunk stands along the frames."""
+        ends = torch.tensor(self.sizes).cumsum(0).tolist()
+        return [slice(end - size, end) for end, size in zip(ends, self.sizes)]
+
+
+def self_test(model: CausalWan, chunks: int, attentions: list[Attention]) -> None:
+    """Raises SelfTestError, naming the first check that fails.
+
+    `model` holds whole parameters. `attentions` are those of the run's stages. Compared is the input of the last linear
+    layer, because the output of a fresh model is all zero.
+    """
+    clip = ProbeClip.of(model, min(chunks, 4))
+    with frozen(model):
+        for attention in dict.fromkeys([Dense(), *attentions]):
+            check_causal(model, clip, attention)
+            check_cached(model, clip, attention)
+        check_routing(model, clip)
+
+
+@contextmanager
+def frozen(model: CausalWan) -> Iterator[None]:
+    """Parameters take no gradient meanwhile: an engine's hooks on them must not see the checks."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with torch.no_grad():
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def features(model: CausalWan, **arguments: Any) -> Tensor:
+    """The input of `proj_out` in a pass: fp32 [1, F, P, D]."""
+    found: list[Tensor] = []
+    handle = model.proj_out.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+    try:
+        model(**arguments)
+    finally:
+        handle.remove()
+    return found[0].float()
+
+
+def check_causal(model: CausalWan, clip: ProbeClip, attention: Attention) -> None:
+    """By gradient: noisy chunk i depends on itself and on earlier history, and on nothing else.
+
+    With dense attention it depends on all of the earlier history.
+    """
+    failed = f"self-test 'causal' failed ({attention.kind} attention)"
+    with torch.enable_grad():
+        noisy = clip.noisy.clone().requires_grad_()
+        history = None if clip.history is None else clip.history.clone().requires_grad_()
+        inputs = [noisy] if history is None else [noisy, history]
+        out = features(model, noisy=noisy, t=clip.t, history=history, text=clip.text, attention=attention)
+        if not bool(out.isfinite().all()):
+            raise SelfTestError("self-test 'finite' failed: the model's features are not finite")
+        for index, part in enumerate(out.split(clip.sizes, dim=1)):
+            found = torch.autograd.grad(part.square().sum(), inputs, retain_graph=True, allow_unused=True)
+            grads = [torch.zeros_like(x) if grad is None else grad for grad, x in zip(found, inputs)]
+            for other, grad in enumerate(grads[0].split(clip.sizes, dim=2)):
+                if bool(grad.any()) != (other == index):
+                    reads = "reads" if other != index else "does not read"
+                    raise SelfTestError(f"{failed}: noisy chunk {index + 1} {reads} noisy chunk {other + 1}")
+            for other, grad in enumerate(grads[1].split(clip.sizes[:-1], dim=2) if history is not None else ()):
+                if other >= index and bool(grad.any()):
+                    raise SelfTestError(f"{failed}: noisy chunk {index + 1} reads history chunk {other + 1}")
+                if other < index and isinstance(attention, Dense) and not bool(grad.any()):
+                    raise SelfTestError(f"{failed}: noisy chunk {index + 1} does not read history chunk {other + 1}")
+
+
+def check_cached(model: CausalWan, clip: ProbeClip, attention: Attention) -> None:
+    """For every chunk, the parallel pass equals the chunk-by-chunk pass with a K/V cache."""
+    parallel = features(model, noisy=clip.noisy, t=clip.t, history=clip.history, text=clip.text, attention=attention)
+    tokens = model.settings.tokens_per_frame(*clip.noisy.shape[3:])
+    cache = model.new_kv_cache(1, tokens, clip.noisy.shape[2], attention)
+    newest: Tensor | None = None  # the history chunk before this one, not yet in the cache
+    for index, frames in enumerate(clip.frame_slices):
+        one = features(
+            model, noisy=clip.noisy[:, :, frames], t=clip.t[:, frames], history=newest, text=clip.text,
+            attention=attention, noisy_chunk=index, kv_cache=cache,
+        )  # fmt: skip
+        compare(
+            f"cached = parallel' failed ({attention.kind} attention), chunk {index + 1}",
+            one,
+            parallel[:, frames],
+            model,
+        )
+        newest = None if clip.history is None else clip.history[:, :, frames]
+
+
+def check_routing(model: CausalWan, clip: ProbeClip) -> None:
+    """Routing that keeps as many chunks as there are equals dense attention."""
+    arguments = {"noisy": clip.noisy, "t": clip.t, "history": clip.history, "text": clip.text}
+    all_chunks = Routed(top_k=max(1, len(clip.sizes) - 1))
+    dense, routed = (features(model, **arguments, attention=attention) for attention in (Dense(), all_chunks))
+    compare("routed with top_k >= N = dense' failed", routed, dense, model)
+
+
+def compare(name: str, one: Tensor, other: Tensor, model: CausalWan) -> None:
+    """Raises SelfTestError when the largest difference is above the tolerance of the model's dtype."""
+    distance, spread = (one - other).abs().max().item(), other.std().item()
+    allowed = TOLERANCE[model.proj_out.weight.dtype] * spread
+    if not distance <= allowed:
+        raise SelfTestError(f"self-test '{name}: they differ by {distance:.2g}, allowed is {allowed:.2g}")

@@ -1,0 +1,54 @@
+"""The settings of the transformer: the section `model` of a recipe."""
+
+from dataclasses import dataclass
+
+from data_prep.geometry import PATCH
+from rf_train.model.chunks import Chunking
+from rf_train.settings import require
+
+CHECKPOINTINGS = ("none", "block", "selective")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The causal DiT. The defaults are Wan2.1 1.3B; 14B is dim 5120, ffn_dim 13824, heads 40, layers 40."""
+
+    dim: int = 1536
+    ffn_dim: int = 8960
+    heads: int = 12
+    layers: int = 30
+    channels: int = 16  # latent channels, in and out
+    text_dim: int = 4096  # width of the text encoder's vectors
+    text_len: int = 512  # captions are zero-padded to this many positions, as Wan was trained
+    freq_dim: int = 256  # width of the sinusoidal time embedding
+    patch: int = PATCH  # a token is patch x patch latent pixels of one latent frame
+    chunk: int = 3  # latent frames of a chunk
+    first_chunk: int = 3  # latent frames of the first chunk; 1 lets a single image start a video
+    eps: float = 1e-6
+    checkpointing: str = "block"  # what backward recomputes: each block, all of it but self-attention (selective), none
+
+    def validate(self) -> None:
+        require(self.dim % self.heads == 0, f"model.dim={self.dim} is not a multiple of model.heads={self.heads}")
+        head = self.head_dim
+        require(
+            head % 2 == 0 and head >= 8,
+            f"a head is {head} wide (model.dim / model.heads); it must be even and at least 8",
+        )
+        require(self.chunk >= 1 and self.first_chunk >= 1, "model.chunk and model.first_chunk must be at least 1")
+        require(
+            self.checkpointing in CHECKPOINTINGS,
+            f"model.checkpointing={self.checkpointing!r}: choose one of {', '.join(CHECKPOINTINGS)}",
+        )
+        require(self.freq_dim % 2 == 0, f"model.freq_dim={self.freq_dim} must be even")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def chunking(self) -> Chunking:
+        return Chunking(self.chunk, self.first_chunk)
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        """Tokens of one latent frame of `height` x `width` latent pixels."""
+        return (height // self.patch) * (width // self.patch)

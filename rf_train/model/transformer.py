@@ -1,0 +1,365 @@
+"""The causal DiT: Wan2.1's transformer with two streams, history (t = 0) and noisy, in one pass.
+
+Plain `nn.Module`s that know nothing of DeepSpeed. Parameter names are those of diffusers' `WanTransformer3DModel`.
+Suffixes: B batch, F latent frames, P tokens of a latent frame, L = F P tokens, D width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rf_train.model.attention import PassLayout, two_stream_attention
+from rf_train.model.chunks import Attention, Chunk, Chunking, Window
+from rf_train.model.kv_cache import KVCache, LayerKVCache
+from rf_train.model.rope import rotary_table, rotate
+from rf_train.model.settings import ModelSettings
+
+
+class SequenceParallel(Protocol):
+    """What spreads a clip's tokens over ranks: see `rf_train.engine.sequence_parallel`."""
+
+    size: int
+
+    def split_tokens(self, x: Tensor, dim: int) -> Tensor: ...
+
+    def all_gather_tokens(self, x: Tensor, dim: int) -> Tensor: ...
+
+    def attend(self, attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor: ...
+
+
+class VelocityModel(Protocol):
+    """A model that predicts velocities: `CausalWan`, or what stands for it (an engine, a counter in a test)."""
+
+    settings: ModelSettings
+    chunking: Chunking
+
+    def __call__(
+        self,
+        *,
+        noisy: Tensor | None,
+        t: Tensor | None,
+        history: Tensor | None,
+        text: Tensor,
+        attention: Attention,
+        noisy_chunk: int = 0,
+        kv_cache: KVCache | None = None,
+    ) -> Tensor: ...
+
+    def new_kv_cache(self, batch: int, tokens_per_frame: int, frames: int, attention: Attention) -> KVCache: ...
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What every block of a pass knows besides its input. Tokens are those of this rank."""
+
+    layout: PassLayout
+    rotary: Tensor  # [L, head_dim / 2] complex
+    history_frames: int
+    tokens_per_frame: int
+    sequence_parallel: SequenceParallel | None
+
+    @property
+    def history_tokens(self) -> int:
+        return self.history_frames * self.tokens_per_frame
+
+    def of_last_block(self) -> "PassContext":
+        return replace(self, layout=self.layout.of_last_block())
+
+
+class Linear(nn.Linear):
+    """A linear layer that starts as Wan's do: Xavier-uniform, or normal of width `std`, or zero with `std` = 0; bias 0.
+
+    Weights are set where the layer is built, because `zero.Init` partitions them as soon as `__init__` is over.
+    """
+
+    def __init__(self, width_in: int, width_out: int, std: float | None = None):
+        self.std = std
+        super().__init__(width_in, width_out)
+
+    def reset_parameters(self) -> None:
+        if self.std is None:
+            nn.init.xavier_uniform_(self.weight)
+        else:
+            nn.init.normal_(self.weight, std=self.std)
+        nn.init.zeros_(self.bias)
+
+
+class Projections(nn.Module):
+    """What self- and cross-attention share: the projections, and RMS norm on q and k over the full width."""
+
+    def __init__(self, dim: int, heads: int, eps: float):
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = Linear(dim, dim), Linear(dim, dim), Linear(dim, dim)
+        self.to_out = nn.ModuleList([Linear(dim, dim)])
+        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
+
+
+class SelfAttention(Projections):
+    """Self-attention of both streams, with rotary positions."""
+
+    def forward(self, x: Tensor, context: PassContext, kv_cache: LayerKVCache | None, stash: dict | None) -> Tensor:
+        """x [B, L, D], history tokens first. Returns [B, L, D]; the noisy tokens alone in the last block."""
+        skipped = context.history_tokens if context.layout.noisy_queries_only else 0
+        split_heads = "b l (h d) -> b l h d"
+        q = rearrange(self.norm_q(self.to_q(x[:, skipped:])), split_heads, h=self.heads)
+        k = rearrange(self.norm_k(self.to_k(x)), split_heads, h=self.heads)
+        v = rearrange(self.to_v(x), split_heads, h=self.heads)
+        q, k = rotate(q, context.rotary[skipped:]), rotate(k, context.rotary)
+
+        def attend(*qkv: Tensor) -> Tensor:
+            q, k, v = (y.transpose(1, 2) for y in qkv)
+            return two_stream_attention(q, k, v, context.layout, kv_cache, stash).transpose(1, 2)
+
+        parallel = context.sequence_parallel
+        out = attend(q, k, v) if parallel is None else parallel.attend(attend, q, k, v, context.tokens_per_frame)
+        return self.to_out[0](rearrange(out, "b l h d -> b l (h d)"))
+
+
+class CrossAttention(Projections):
+    """Attention to the caption. Padded positions are attended to, as Wan was trained."""
+
+    def forward(self, x: Tensor, text: Tensor, kv_cache: LayerKVCache | None) -> Tensor:
+        """x [B, L, D], text [B, text_len, D]. With a cache, keys and values are made once per caption."""
+        q = rearrange(self.norm_q(self.to_q(x)), "b l (h d) -> b h l d", h=self.heads)
+        if kv_cache is not None and kv_cache.text is not None:
+            k, v = kv_cache.text
+        else:
+            k = rearrange(self.norm_k(self.to_k(text)), "b l (h d) -> b h l d", h=self.heads)
+            v = rearrange(self.to_v(text), "b l (h d) -> b h l d", h=self.heads)
+            if kv_cache is not None:
+                kv_cache.text = (k, v)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out[0](rearrange(out, "b h l d -> b l (h d)"))
+
+
+class LinearGelu(nn.Module):
+    """Linear, tanh-GELU."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.proj = Linear(dim, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """Linear, tanh-GELU, linear; named as diffusers names them (`net.0.proj`, `net.2`)."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.net = nn.ModuleList([LinearGelu(dim, hidden), nn.Identity(), Linear(hidden, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+def layer_norm(x: Tensor, eps: float) -> Tensor:
+    """Layer norm without weights, in fp32."""
+    return F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+
+
+class Block(nn.Module):
+    """Self-attention of both streams, cross-attention to the caption, feed-forward; modulated by the noise level."""
+
+    def __init__(self, settings: ModelSettings):
+        super().__init__()
+        dim, heads, self.eps = settings.dim, settings.heads, settings.eps
+        self.attn1 = SelfAttention(dim, heads, self.eps)
+        self.attn2 = CrossAttention(dim, heads, self.eps)
+        self.norm2 = nn.LayerNorm(dim, self.eps)
+        self.ffn = FeedForward(dim, settings.ffn_dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        text: Tensor,
+        context: PassContext,
+        kv_cache: LayerKVCache | None = None,
+        stash: dict | None = None,
+    ) -> Tensor:
+        """x [B, F, P, D], history frames first; modulation [B, F, 6, D] in fp32; text [B, text_len, D].
+
+        Returns x's shape; in the last block (`context.layout.noisy_queries_only`) the noisy frames alone.
+        """
+        table = (self.scale_shift_table.float() + modulation).unsqueeze(3)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.unbind(2)  # (B, F, 1, D) each
+        y = torch.addcmul(shift, layer_norm(x, self.eps), 1 + scale).to(x.dtype)
+        y = self.attn1(y.flatten(1, 2), context, kv_cache, stash)
+        if context.layout.noisy_queries_only:
+            skipped = context.history_frames
+            x, gate, ffn_shift, ffn_scale, ffn_gate = (
+                part[:, skipped:] for part in (x, gate, ffn_shift, ffn_scale, ffn_gate)
+            )
+        x = torch.addcmul(x.float(), y.float().unflatten(1, x.shape[1:3]), gate).to(x.dtype)
+        x = x + self.attn2(self.norm2(x).flatten(1, 2), text, kv_cache).unflatten(1, x.shape[1:3])
+        y = torch.addcmul(ffn_shift, layer_norm(x, self.eps), 1 + ffn_scale).to(x.dtype)
+        return torch.addcmul(x.float(), self.ffn(y.flatten(1, 2)).float().view_as(x), ffn_gate).to(x.dtype)
+
+
+class TwoLinears(nn.Module):
+    """Linear, activation, linear; named as diffusers names them (`linear_1`, `linear_2`)."""
+
+    def __init__(self, width: int, dim: int):
+        super().__init__()
+        self.linear_1 = Linear(width, dim, std=0.02)
+        self.linear_2 = Linear(dim, dim, std=0.02)
+
+    def forward(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.linear_2(activation(self.linear_1(x)))
+
+
+class ConditionEmbedder(nn.Module):
+    """The noise level and the caption, as the blocks take them; named as diffusers' `condition_embedder`."""
+
+    def __init__(self, settings: ModelSettings):
+        super().__init__()
+        dim = settings.dim
+        self.freq_dim = settings.freq_dim
+        # The order in which weights are drawn, and then that of the parameters: both are part of what a seed gives.
+        time_embedder, time_proj = TwoLinears(settings.freq_dim, dim), Linear(dim, 6 * dim)
+        self.time_embedder, self.text_embedder = time_embedder, TwoLinears(settings.text_dim, dim)
+        self.time_proj = time_proj
+
+    def forward(self, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """t [B, F] in [0, 1]; text [B, text_len, text_dim].
+
+        Returns time [B, F, D] and modulation [B, F, 6, D], both fp32, and text [B, text_len, D].
+        """
+        dtype = self.time_proj.weight.dtype
+        half = self.freq_dim // 2
+        base = torch.log(torch.tensor(10000.0, dtype=torch.float64))
+        frequency = torch.exp(-base * torch.arange(half, dtype=torch.float64) / half).to(t.device, torch.float32)
+        angle = 1000 * t.float()[..., None] * frequency
+        wave = torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype)
+        time = self.time_embedder(wave, F.silu)
+        modulation = self.time_proj(F.silu(time)).unflatten(-1, (6, -1))
+        text = self.text_embedder(text.to(dtype), partial(F.gelu, approximate="tanh"))
+        return time.float(), modulation.float(), text
+
+
+class CausalWan(nn.Module):
+    """Wan2.1's transformer made causal over chunks.
+
+    With `sequence_parallel` set, ranks share a clip's tokens and heads. Inputs and outputs are whole all the same.
+    """
+
+    sequence_parallel: SequenceParallel | None = None
+
+    def __init__(self, settings: ModelSettings):
+        super().__init__()
+        self.settings = settings
+        self.chunking = settings.chunking
+        patch = (1, settings.patch, settings.patch)
+        self.patch_embedding = nn.Conv3d(settings.channels, settings.dim, kernel_size=patch, stride=patch)
+        self.condition_embedder = ConditionEmbedder(settings)
+        self.blocks = nn.ModuleList([Block(settings) for _ in range(settings.layers)])
+        self.proj_out = Linear(settings.dim, settings.channels * settings.patch**2, std=0.0)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, settings.dim) / settings.dim**0.5)
+
+    def forward(
+        self,
+        *,
+        noisy: Tensor | None,
+        t: Tensor | None,
+        history: Tensor | None,
+        text: Tensor,
+        attention: Attention,
+        noisy_chunk: int = 0,
+        kv_cache: KVCache | None = None,
+    ) -> Tensor | None:
+        """Velocity of the noisy chunks.
+
+        noisy [B, C, F, H, W]: the run of chunks that begins with chunk `noisy_chunk`, at noise levels t [B, F]. history
+        [B, C, F', H, W]: a run of clean chunks, at t = 0. It begins after the cached chunks, or with chunk 0. Either
+        stream may be None. Training gives all N noisy chunks and the N - 1 history chunks at once. Generation gives a
+        cache, the newest history chunk, which is appended to it, and the next noisy one. text [B, text_len, text_dim],
+        zero-padded. Returns [B, C, F, H, W] like `noisy` (None without it).
+        """
+        first_history = kv_cache.chunks_written if kv_cache is not None else 0
+        parts, levels, rotary, streams = [], [], [], []
+        for latent, begin, level in ((history, first_history, None), (noisy, noisy_chunk, t)):
+            streams.append(() if latent is None else self.chunking.chunks(latent.shape[2], begin))
+            if latent is None:
+                continue
+            frames, (height, width) = latent.shape[2], (side // self.settings.patch for side in latent.shape[3:])
+            parts.append(self.patch_embedding(latent.to(self.patch_embedding.weight.dtype)))
+            levels.append(level if level is not None else latent.new_zeros(len(latent), frames, dtype=torch.float32))
+            start, head_dim = self.chunking.start(begin), self.settings.head_dim
+            rotary.append(rotary_table(start, frames, height, width, head_dim, latent.device))
+        x = rearrange(torch.cat(parts, dim=2), "b d f h w -> b f (h w) d").contiguous()
+        height, width = parts[0].shape[-2:]
+        tokens = height * width
+        table = torch.cat(rotary)
+        if self.sequence_parallel is not None:
+            x = self.sequence_parallel.split_tokens(x, 2).contiguous()
+            table = self.sequence_parallel.split_tokens(table.unflatten(0, (-1, tokens)), 1).flatten(0, 1)
+        history_chunks, noisy_chunks = (tuple(Chunk(c.index, c.length * tokens) for c in stream) for stream in streams)
+        history_frames = 0 if history is None else history.shape[2]
+        layout = PassLayout(history_chunks, noisy_chunks, attention)
+        context = PassContext(layout, table, history_frames, x.shape[2], self.sequence_parallel)
+
+        time, modulation, text = self.condition_embedder(torch.cat(levels, dim=1), text)
+        recompute = self.settings.checkpointing != "none" and torch.is_grad_enabled() and kv_cache is None
+        for position, block in enumerate(self.blocks):
+            if position == len(self.blocks) - 1:
+                context = context.of_last_block()
+            if recompute:
+                stash: dict | None = {} if self.settings.checkpointing == "selective" else None
+                x = checkpoint(block, x, modulation, text, context, stash=stash, use_reentrant=False)
+            else:
+                layer_cache = kv_cache.layers[position] if kv_cache is not None else None
+                x = block(x, modulation, text, context, kv_cache=layer_cache)
+        if kv_cache is not None:
+            kv_cache.chunks_written += len(history_chunks)
+        if noisy is None:
+            return None
+        shift, scale = (self.scale_shift_table.float() + time[:, history_frames:, None]).unsqueeze(3).unbind(2)
+        x = torch.addcmul(shift, layer_norm(x, self.settings.eps), 1 + scale).to(x.dtype)
+        p, out = self.settings.patch, self.proj_out(x)
+        if self.sequence_parallel is not None:
+            out = self.sequence_parallel.all_gather_tokens(out, 2)
+        return rearrange(out, "b f (h w) (p q c) -> b c f (h p) (w q)", h=height, w=width, p=p, q=p)
+
+    def new_kv_cache(self, batch: int, tokens_per_frame: int, frames: int, attention: Attention) -> KVCache:
+        """A cache for `frames` latent frames of history.
+
+        With a window it keeps only what later chunks can still read.
+        """
+        settings, largest, sink = self.settings, self.chunking.largest, 0
+        if isinstance(attention, Window):
+            sink = attention.sink
+            frames = min(frames, (attention.window + 1 + sink) * largest)
+        heads = settings.heads // (self.sequence_parallel.size if self.sequence_parallel is not None else 1)
+        tokens, scratch = frames * tokens_per_frame, largest * tokens_per_frame
+        weight = self.proj_out.weight
+        return KVCache(
+            settings.layers, batch, heads, tokens, scratch, settings.head_dim, weight.dtype, weight.device, sink
+        )
+
+
+def pad_text(texts: list[Tensor], settings: ModelSettings) -> Tensor:
+    """Captions of different length, each [L, text_dim], as one tensor [B, text_len, text_dim].
+
+    Zero past their ends. A caption longer than text_len is cut.
+    """
+    padded = texts[0].new_zeros(len(texts), settings.text_len, settings.text_dim)
+    for row, text in zip(padded, texts):
+        row[: len(text)] = text[: settings.text_len]
+    return padded
+
+
+def parameter_shapes(settings: ModelSettings) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter by name, from the model itself, without memory for it."""
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in CausalWan(settings).named_parameters()}

@@ -1,0 +1,341 @@
+"""Memory that a stage of a recipe takes on a GPU, item by item and phase by phase, in bytes.
+
+Counted from what the code keeps; nothing is fitted. In formulas, D is model.dim, and `a` the bytes of a weight or
+activation.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from rf_train.diffusion.randomness import LOSS_DRAWS
+from rf_train.model.chunks import Routed, Window
+from rf_train.model.kv_cache import kv_cache_bytes
+from rf_train.planning.costs import StageCase, query_counts
+
+ROOM = 0.10  # of a GPU's memory, left to the CUDA context, NCCL and the allocator's fragments
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes on a GPU. The peak is the largest phase with the states: phases are never there at once."""
+
+    states: dict[str, int]  # from the first step to the last
+    phases: dict[str, dict[str, int]]  # {phase: items}
+    host: int  # bytes of host memory per GPU
+
+    @property
+    def phase(self) -> str:
+        """The phase of the peak."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def peak(self) -> int:
+        return sum(self.states.values()) + sum(self.phases[self.phase].values())
+
+
+@cache
+def memory(case: StageCase) -> MemoryNeed:
+    """What a stage needs."""
+    copies, zero = gathered_bytes(case), case.zero
+    summed = (
+        4 * case.parameters_per_rank if zero.stage == 2 and case.micro_steps > 1 and not zero.offload_optimizer else 0
+    )
+    phases = {}
+    if case.rolls_out:
+        phases["rollout"] = {
+            "K/V cache": rollout_cache_bytes(case),
+            "gathered": copies["rollout"],
+            "working": rollout_working_bytes(case),
+            "gradients": summed,
+        }
+    for name, (kept, working) in activation_bytes(case).items():
+        phases[name] = {
+            "activations": kept,
+            "working": working,
+            "gathered": copies[name],
+            "reducing": reducing_bytes(case) if name == "backward" else 0,
+            "gradients": summed,
+        }
+    phases["step"] = {"working": step_working_bytes(case)}
+    return MemoryNeed(state_bytes(case), phases, host_bytes(case))
+
+
+def fits(case: StageCase) -> bool:
+    return memory(case).peak <= (1 - ROOM) * case.cluster.memory
+
+
+# ---- what is always there
+
+
+def state_bytes(case: StageCase) -> dict[str, int]:
+    """What stays from the first step to the last.
+
+    Rajbhandari et al., ZeRO, section 3.1, with fp32 gradient sums and an average added.
+    """
+    zero, a, own = case.zero, case.value_bytes, case.parameters_per_rank
+    on_gpu = 0 if zero.offload_optimizer else own
+    whole_or_own = case.parameters if zero.stage == 2 else 0 if zero.offload_parameters else own
+    return {
+        "parameters": whole_or_own * a,
+        # The sum over micro-steps, fp32. ZeRO-2 has it from the first backward to the step.
+        "gradients": 4 * on_gpu if zero.stage == 3 else 0,
+        "optimizer": 12 * on_gpu,  # fp32 master and two moments
+        "average": 4 * on_gpu,
+        "second copy (hpZ)": case.parameters * a // zero.secondary if zero.secondary > 1 else 0,
+        "bucket": bucket_bytes(case) if zero.stage == 3 else 0,  # ZeRO-2 has it during backward
+        "clips": clip_bytes(case),
+    }
+
+
+def bucket_bytes(case: StageCase) -> int:
+    """The buffer in which gradients go to be reduced; two of them under ZeRO-2 with overlap_comm.
+
+    On a CPU what was never written isn't resident.
+    """
+    size = case.zero.bucket * (2 if case.zero.stage == 2 and case.zero.overlap else 1)
+    used = size if case.cluster.device == "cuda" else min(size, case.parameters)
+    return used * (case.zero.communication or case.value_bytes)
+
+
+def clip_bytes(case: StageCase) -> int:
+    """A micro-batch as every rank has it, in fp32, and the rotary tables.
+
+    Clips, their noise, captions, noised clips, and the history unless it is the clip itself. The tables, complex, stay
+    once they are made: those of both streams and of the rollout's chunks; a pass joins them.
+    """
+    model, clip, history = case.recipe.model, case.clip, case.stage.history
+    latent = case.micro_batch * model.channels * clip.height * clip.width
+    noises = sum(draw.per == "latent" for draw in [*LOSS_DRAWS.values(), *history.draws.values()])
+    history_frames = 0 if history.is_the_clip else case.history_frames
+    numbers = (
+        latent * ((2 + noises) * clip.frames + history_frames) + case.micro_batch * model.text_len * model.text_dim
+    )
+    tables = 2 * (case.history_frames + clip.frames) + (case.history_frames if case.rolls_out else 0)
+    return 4 * (numbers + tables * case.tokens_per_frame * model.head_dim)
+
+
+def host_bytes(case: StageCase) -> int:
+    """Host memory of a rank with offloading.
+
+    Masters, moments, average, gradient sums twice (DeepSpeed's buffer and AdamW's); parameters.
+    """
+    optimizer = 24 * case.parameters_per_rank * case.zero.offload_optimizer
+    return optimizer + case.value_bytes * case.parameters_per_rank * case.zero.offload_parameters
+
+
+# ---- what backward needs
+
+
+def rms_saved(case: StageCase, tokens: int) -> int:
+    """nn.RMSNorm over D.
+
+    Fused on a GPU: input, 1 / rms. Elsewhere: input and normalised input, both fp32, and 1 / rms.
+    """
+    width = case.recipe.model.dim
+    return tokens * (case.value_bytes * width + 4) if case.cluster.device == "cuda" else tokens * (8 * width + 4)
+
+
+def attention_saved(case: StageCase, last: bool) -> dict[str, int]:
+    """What self-attention keeps for backward in one block. `last`: the noisy stream alone asks."""
+    model, a = case.recipe.model, case.value_bytes
+    noisy, both = case.tokens(case.clip.frames), case.tokens(case.clip.frames + case.history_frames)
+    asking = noisy if last else both
+    kept = {
+        "attention q, k, v": a * model.dim * (asking + 2 * both),  # q in the order of the kernel calls
+        "attention output": a * model.dim * asking + 4 * model.heads * asking,  # and log-sums
+    }
+    if isinstance(case.attention, Routed):
+        keys, mask = routing_saved(case, last, case.attention.top_k)
+        kept["attention keys copied per chunk"] = keys
+        kept["attention mask"] = mask
+    return kept
+
+
+def routing_saved(case: StageCase, last: bool, top_k: int) -> tuple[int, int]:
+    """Routing's (copies of keys and values, masks), as `attention.routed_block` makes them, one block per chunk.
+
+    The history and the own keys of a noisy chunk don't stand together, so both are copied. Where there are more than
+    top_k earlier chunks, SDPA makes of the bool mask [B, H, queries, keys] one in the activations' type, and keeps it.
+    """
+    model, a, copied, masks = case.recipe.model, case.value_bytes, 0, 0
+    heads, tokens = model.heads // case.sequence_ranks, case.tokens_per_frame
+    for chunk, noisy, keys in query_counts(case, case.training_pass, last):
+        if noisy and chunk.index:
+            copied += 2 * a * model.dim * case.micro_batch * keys * tokens // case.sequence_ranks
+        if chunk.index > top_k:
+            masks += a * case.micro_batch * heads * chunk.length * keys * tokens**2
+    return copied, masks
+
+
+def block_saved(case: StageCase, last: bool) -> dict[str, int]:
+    """What one block keeps for backward without recomputation, by class of tensor, in the order of `transformer.Block`.
+
+    `last`: the last block, whose history tokens end at keys and values. With fp32 weights `.float()` copies nothing;
+    with bf16 it is a copy. Layer norms and modulations compute in fp32 in both cases. Linear layers keep their inputs,
+    `addcmul` its factors.
+    """
+    model, a, clips = case.recipe.model, case.value_bytes, case.micro_batch
+    dim, text = model.dim, clips * model.text_len
+    all_frames = case.clip.frames + case.history_frames
+    both = case.tokens(all_frames)
+    asking = case.tokens(case.clip.frames) if last else both
+    asking_frames = case.clip.frames if last else all_frames
+    return {
+        "modulation": 4 * clips * dim * (7 * all_frames + asking_frames),  # six vectors per frame, and 1 + scale twice
+        "block input": 4 * both * dim + 8 * both,  # with mean and deviation
+        "norm 1": 4 * both * dim,
+        # the noisy part of several clips is a copy
+        "q, k, v input": a * dim * (both + (asking if last and clips > 1 else 0)),
+        "q and k norms": rms_saved(case, asking) + rms_saved(case, both),
+        **attention_saved(case, last),
+        "output projection": a * asking * dim + 4 * asking * dim,  # its input and its result
+        "norm 2": a * asking * dim + 8 * asking + a * asking * dim,
+        "cross-attention q": rms_saved(case, asking) + a * asking * dim,
+        "cross-attention output": a * asking * dim + 4 * model.heads * asking,
+        "caption's k and v": rms_saved(case, text) + 2 * a * text * dim,
+        "norm 3": 8 * asking * dim + 8 * asking + a * asking * dim,  # input, result, ffn's input
+        "ffn hidden": 2 * a * asking * model.ffn_dim,  # before and after GELU
+        "ffn output": 4 * asking * dim,
+    }
+
+
+def ends_saved(case: StageCase) -> tuple[int, int]:
+    """What is kept by (the layers before the blocks, the layers after them)."""
+    model, a, clips = case.recipe.model, case.value_bytes, case.micro_batch
+    frames, text = case.clip.frames + case.history_frames, clips * model.text_len
+    latent = clips * model.channels * case.clip.height * case.clip.width
+    cast = 0 if a == 4 else 1
+    before = cast * a * latent * frames  # the patches' input, when it isn't fp32 itself
+    before += a * clips * frames * (model.freq_dim + 4 * model.dim)  # time embedding
+    before += 0 if model.checkpointing == "none" else 24 * clips * frames * model.dim  # modulation, an input of blocks
+    before += cast * a * text * model.text_dim + 3 * a * text * model.dim  # caption
+    tokens = case.tokens(case.clip.frames)
+    # norm, modulation, proj_out's input; 1 + scale
+    after = tokens * model.dim * (8 + a) + 8 * tokens + 4 * clips * case.clip.frames * model.dim
+    after += latent * case.clip.frames * (a + 4 * cast + 4)  # velocity and its error
+    return before, after
+
+
+def activation_bytes(case: StageCase) -> dict[str, tuple[int, int]]:
+    """A training pass, where it may peak: (what blocks keep, the rest) at the end of "forward" and in "backward".
+
+    In backward a block has most at the second layer of its ffn: nothing of it is freed yet. The gradients of the
+    residual stream, of the ffn's output, of its hidden layer and of that layer's weight are there, too. This peak is in
+    the last block, or in the block before it, whose history tokens go through all of its layers.
+    """
+    model, a = case.recipe.model, case.value_bytes
+    before, after = ends_saved(case)
+    full, last = block_saved(case, False), block_saved(case, True)
+    frames = case.clip.frames + case.history_frames
+    both, noisy = case.tokens(frames), case.tokens(case.clip.frames)
+    # gradients of modulation and caption
+    conditions = 4 * case.micro_batch * frames * 6 * model.dim + a * case.micro_batch * model.text_len * model.dim
+
+    def gradients(tokens: int) -> int:
+        return tokens * (a * model.ffn_dim + (4 + a) * model.dim) + a * model.dim * model.ffn_dim + conditions
+
+    whole_full, whole_last = sum(full.values()), sum(last.values())
+    in_last, in_full = gradients(noisy) - last["ffn output"], gradients(both) - full["ffn output"]
+    if model.checkpointing == "none":
+        kept = before + (model.layers - 1) * whole_full + whole_last
+        in_blocks = [(kept, in_last), (kept - whole_last, in_full)]
+    else:
+        inputs, results_full, results_last = a * both * model.dim, 0, 0
+        if model.checkpointing == "selective" and not isinstance(case.attention, Routed):
+            results_full, results_last = full["attention output"], last["attention output"]
+        shared = inputs if a == 4 else 0  # an fp32 block input is kept once
+        kept = before + model.layers * inputs + (model.layers - 1) * results_full + results_last
+        in_blocks = [
+            (kept, whole_last - shared - results_last + in_last),
+            (kept - inputs - results_last, whole_full - shared - results_full + in_full),
+        ]
+    return {"forward": (kept, after), "backward": max(in_blocks[: model.layers], key=sum)}
+
+
+def reducing_bytes(case: StageCase) -> int:
+    """What reducing gradients takes while activations peak in backward."""
+    if case.cluster.device != "cuda":  # elsewhere nothing overlaps, and a bucket is empty when activations peak
+        return 0
+    zero, reducing = case.zero, 0
+    if zero.overlap:  # the previous block's gradients, and the flat copy of a bucket
+        reducing += case.block_parameters * case.value_bytes
+        reducing += min(zero.bucket, case.parameters) * (zero.communication or case.value_bytes)
+    return reducing + (bucket_bytes(case) if zero.stage == 2 else 0)
+
+
+# ---- parameters, rollout, optimizer step
+
+
+def gathered_bytes(case: StageCase) -> dict[str, int]:
+    """Gathered parameters at the peak of "rollout", "forward" and "backward".
+
+    A gather fills a flat buffer and copies each parameter out of it. The buffer of a prefetch stays until the last of
+    its parameters is used. One rank alone gathers nothing.
+    """
+    zero, a, total = case.zero, case.value_bytes, case.parameters
+    if zero.stage == 2 or (case.cluster.gpus == 1 and not zero.offload_parameters):
+        return dict.fromkeys(("rollout", "forward", "backward"), 0)
+    block = case.block_parameters
+    ends, ahead = total - case.recipe.model.layers * block, min(total, zero.prefetch)
+    live = min(total, case.reused_parameters + block + ahead + ends)
+    buffer = max(block, ahead)
+    if case.gather_for_rollout or not case.rolls_out:
+        in_backward = a * (live + (buffer if live < total else 0))
+        return {"rollout": a * (total + block), "forward": a * (live + buffer), "backward": in_backward}
+    # Rollouts under hooks spoil the trace that prefetch needs.
+    return {"rollout": a * (live + buffer), **dict.fromkeys(("forward", "backward"), a * (live + block))}
+
+
+def rollout_cache_bytes(case: StageCase) -> int:
+    """The rollout's K/V cache, as `CausalWan.new_kv_cache` sizes it, and the keys and values of captions."""
+    if not any(model_pass.cached for model_pass in case.rollout_passes):
+        return 0
+    model, largest = case.recipe.model, case.recipe.model.chunking.largest
+    frames, scratch = case.history_frames, largest
+    if isinstance(case.attention, Window):
+        frames = min(frames, (case.attention.window + 1 + case.attention.sink) * largest)
+    elif case.cluster.device == "cpu":  # written: all history but the newest chunk, and that one as the noisy one
+        scratch = 0
+    dtype = torch.bfloat16 if case.value_bytes == 2 else torch.float32
+    tokens, heads = (frames + scratch) * case.tokens_per_frame, model.heads // case.sequence_ranks
+    keys = kv_cache_bytes(model.layers, case.micro_batch, heads, tokens, model.head_dim, dtype)
+    return keys + 2 * case.value_bytes * model.layers * case.micro_batch * model.text_len * model.dim
+
+
+def rollout_working_bytes(case: StageCase) -> int:
+    """One pass of a rollout besides cache and parameters: the larger of attention and ffn, and a mask."""
+    if not case.rolls_out:
+        return 0
+    model, a, sizes = case.recipe.model, case.value_bytes, case.chunk_sizes
+    largest = max(case.rollout_passes, key=lambda model_pass: model_pass.frames)
+    tokens = case.tokens(largest.frames)
+    # cached: x, y, q, k, v, output; fp32 copy and product of the rotation
+    # else: y, q, k, v, q in the order of the kernel calls, output; its fp32 sum; half of a call's result twice
+    attention = 6 * a + 8.0 if largest.cached else 6 * a + 4 + (a + 4) / 2
+    ffn = 3 * a + 2 * a * model.ffn_dim / model.dim  # x, y, result; hidden layer before and after GELU
+    mask = 0
+    if isinstance(case.attention, Routed) and len(sizes) - 2 > case.attention.top_k:
+        pairs = sizes[-2] * sum(sizes[:-1]) * case.tokens_per_frame**2
+        mask = (
+            (a + 2) * case.micro_batch * model.heads // case.sequence_ranks * pairs
+        )  # bool twice, and as SDPA wants it
+    return int(tokens * model.dim * max(attention, ffn)) + mask
+
+
+def step_working_bytes(case: StageCase) -> int:
+    """The optimizer step: gradients of a sub-group flattened, and AdamW's temporaries.
+
+    These are one as large on a GPU (foreach), two on a CPU. Or, if that is more, the end of backward: the last bucket
+    is copied on its way to be reduced, and once more by gloo, whose reduce-scatter is an all-reduce of a copy. ZeRO-2
+    then has its bucket and new gradients beside the sum.
+    """
+    zero, elements = case.zero, 0 if case.zero.offload_optimizer else case.parameters_per_rank
+    copies = 2 if zero.stage == 3 and case.cluster.device == "cpu" and case.cluster.gpus > 1 else 1
+    reducing = copies * min(zero.bucket, case.parameters) * (zero.communication or case.value_bytes)
+    if zero.stage == 2:
+        reducing += bucket_bytes(case) + 4 * elements * (2 if case.micro_steps > 1 else 1)
+    else:
+        elements = min(elements, zero.sub_group)
+    return max(4 * elements * (2 if case.cluster.device == "cuda" else 3), reducing)

@@ -1,0 +1,96 @@
+"""What a run tells while it trains: `metrics.jsonl`, a progress bar on rank 0, and wandb."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_prep.files import write_atomic
+from rf_train import config
+from rf_train.config import Recipe
+
+
+class RunLog:
+    """Rank 0 writes. On other ranks every call does nothing."""
+
+    def __init__(self, recipe: Recipe, first_step: int, rank: int):
+        self.active = rank == 0
+        if not self.active:
+            return
+        out = Path(recipe.run.out)
+        self.path = out / "metrics.jsonl"
+        drop_rows_after(self.path, first_step)
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115  closed by `close`
+        bar = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.1, "mininterval": 0.5}
+        self.bar = tqdm(total=recipe.steps, initial=first_step, **bar)
+        self.wandb: Any = None
+        if recipe.run.wandb != "disabled":
+            import wandb
+
+            self.wandb = wandb.init(
+                project=recipe.run.wandb_project,
+                name=out.name,
+                dir=str(out),
+                mode=recipe.run.wandb,  # type: ignore[arg-type]
+                config=config.to_dict(recipe),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        self.clock = time.perf_counter()
+
+    def log(self, step: int, stage: str, clips: int, metrics: dict) -> None:
+        """Metrics of the finished 0-based `step` of `clips` clips: numbers, lists, None for what wasn't measured."""
+        if not self.active:
+            return
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        row = {"step": step + 1, "stage": stage, "seconds": seconds, "samples_per_s": clips / seconds, **metrics}
+        row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        self.file.write(json.dumps(row, allow_nan=False) + "\n")  # JSON has no NaN
+        self.bar.update()
+        loss = "none" if row["loss"] is None else f"{row['loss']:.4f}"
+        self.bar.set_postfix_str(f"{stage} loss {loss} {row['samples_per_s']:.1f} samples/s", refresh=False)
+        if self.wandb is not None:
+            self.wandb.log(_flat(row), step=step + 1)
+
+    def print_line(self, text: str) -> None:
+        """Prints a line above the progress bar."""
+        if self.active:
+            self.bar.write(text)
+
+    def close(self) -> None:
+        if self.active:
+            self.bar.close()
+            self.file.close()
+            if self.wandb is not None:
+                self.wandb.finish()
+
+
+def _flat(row: dict) -> dict:
+    """A row as wandb takes it: lists as "name/0", "name/1", ..., and nothing that is None."""
+    flat = {key: value for key, value in row.items() if not isinstance(value, list)}
+    for key, values in row.items():
+        if isinstance(values, list):
+            flat.update({f"{key}/{i}": value for i, value in enumerate(values)})
+    return {key: value for key, value in flat.items() if value is not None}
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl. A last line that was cut by a crash is left out."""
+    rows: list[dict] = []
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Removes the rows of steps after `step`, which are about to be done again."""
+    if path.is_file():
+        rows = [row for row in read_rows(path) if row["step"] <= step]
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))

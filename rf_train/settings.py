@@ -1,0 +1,175 @@
+"""Typed settings: frozen dataclasses to and from plain dicts, with every key checked.
+
+A setting that comes in kinds (how history is made, which chunks attention reads) is a subclass of `Kind`: a base class,
+and one frozen dataclass per kind. In YAML it is the kind's name, or a mapping with `kind` and the settings of that
+kind:
+
+    history: clean
+    history: {kind: autoregressive, t_shift: 0.6}
+
+A setting that belongs to another kind is unknown, and so an error.
+"""
+
+import dataclasses
+import difflib
+import typing
+from typing import Any, ClassVar, TypeVar
+
+T = TypeVar("T")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `ValueError(message)` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+class Kind:
+    """Base of a setting that comes in kinds.
+
+    A direct subclass is the base of one such setting and holds `kinds`, its kinds by name. A subclass of that, written
+    `class Window(Attention, kind="window")`, is one kind.
+    """
+
+    kinds: ClassVar[dict[str, type]]
+    kind: ClassVar[str]
+
+    def __init_subclass__(cls, kind: str = "", **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if Kind in cls.__bases__:
+            cls.kinds = {}
+        elif kind:
+            cls.kind = kind
+            cls.kinds[kind] = cls
+
+
+def from_plain(cls: type[T], raw: Any, path: str = "") -> T:
+    """An instance of the dataclass `cls` from the plain mapping `raw`, checked by its own `validate`.
+
+    `path` is the dotted path of `raw` in the whole; it stands in every error. Raises ValueError in one line.
+    """
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: expected a mapping, got {raw!r}")
+    fields = {field.name: (field, hint) for field, hint in _fields(cls)}
+    values = {}
+    for key, value in raw.items():
+        dotted = f"{path}.{key}" if path else str(key)
+        if key not in fields:
+            raise ValueError(f"{dotted}: unknown setting{_suggestion(str(key), fields, path)}")
+        field, hint = fields[key]
+        values[key] = _convert(hint, value, dotted, field)
+    made = cls(**values)
+    if hasattr(made, "validate"):
+        try:
+            made.validate()
+        except ValueError as error:
+            named = not path or str(error).startswith(path.split(".")[0])
+            raise ValueError(str(error) if named else f"{path}: {error}") from None
+    return made
+
+
+def to_plain(value: Any) -> Any:
+    """Plain dicts, lists, strings and numbers, ready for YAML or JSON. `from_plain` gives the settings back."""
+    if isinstance(value, (tuple, list)):
+        return [to_plain(item) for item in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    plain = {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Kind):
+        return {"kind": value.kind, **plain} if plain else value.kind
+    return plain
+
+
+def set_by_path(plain: dict, path: str, value: Any) -> None:
+    """Sets `plain["a"]["b"]` for the path "a.b". A list is addressed by position: "stages.1.steps"."""
+    node: Any = plain
+    *parents, last = path.split(".")
+    for depth, key in enumerate(parents):
+        inner = node[_position(node, key, path)] if isinstance(node, list) else node.get(key)
+        if inner is None:
+            inner = {}
+        elif isinstance(inner, str) and _names_a_kind(inner):
+            inner = {"kind": inner}
+        elif not isinstance(inner, (dict, list)):
+            raise ValueError(f"{path}: {'.'.join(parents[: depth + 1])} is a value, it has no keys")
+        node[_position(node, key, path) if isinstance(node, list) else key] = inner
+        node = inner
+    node[_position(node, last, path) if isinstance(node, list) else last] = value
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted path, old value, new value) of everything that differs between two nested plain settings."""
+    if isinstance(old, list) and isinstance(new, list):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = list(dict.fromkeys([*old, *new]))
+        pairs = [(f"{path}.{key}" if path else str(key), old.get(key), new.get(key)) for key in keys]
+        return [difference for inner, a, b in pairs for difference in differences(a, b, inner)]
+    return [] if old == new else [(path, old, new)]
+
+
+def _fields(cls: type) -> list[tuple[dataclasses.Field, Any]]:
+    """The settings of a dataclass, each with its type."""
+    hints = typing.get_type_hints(cls)
+    return [(field, hints[field.name]) for field in dataclasses.fields(cls)]
+
+
+def _names_a_kind(name: str) -> bool:
+    return any(name in base.kinds for base in Kind.__subclasses__())
+
+
+def _position(items: list, key: str, path: str) -> int:
+    if not key.isdigit() or int(key) >= len(items):
+        raise ValueError(f"{path}: {key!r} is not a position in a list of {len(items)}")
+    return int(key)
+
+
+def _suggestion(key: str, known: typing.Iterable[str], path: str) -> str:
+    """ "; did you mean a.b?" when a known key is near, else nothing."""
+    near = difflib.get_close_matches(key, list(known), n=1)
+    return f"; did you mean {path + '.' if path else ''}{near[0]}?" if near else ""
+
+
+def _convert(hint: Any, value: Any, path: str, field: dataclasses.Field | None = None) -> Any:
+    """`value`, as YAML gives it, as the type `hint`."""
+    if isinstance(hint, type) and issubclass(hint, Kind):
+        return _kind(hint, value, path, field)
+    if dataclasses.is_dataclass(hint):
+        return from_plain(typing.cast(type, hint), value, path)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{path}: expected a list, got {value!r}")
+        inner = typing.get_args(hint)[0]
+        return tuple(_convert(inner, item, f"{path}.{i}") for i, item in enumerate(value))
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:  # YAML reads 1e-4 as a string
+            return float(value)
+        except ValueError:
+            pass
+    if hint is str and value is None:  # `key=` on the command line
+        return ""
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(f"{path}: expected {hint.__name__}, got {value!r}")
+    return value
+
+
+def _kind(base: type[Kind], value: Any, path: str, field: dataclasses.Field | None) -> Any:
+    """The kind that `value` names: its name, or a mapping with `kind` (without it, the default's) and its settings."""
+    if isinstance(value, str):
+        value = {"kind": value}
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected the name of a kind or a mapping, got {value!r}")
+    default = field.default_factory if field is not None else dataclasses.MISSING
+    name = value.get("kind", getattr(default, "kind", None))
+    if not isinstance(name, str) or name not in base.kinds:
+        raise ValueError(f"{path}={name!r}: choose one of {', '.join(base.kinds)}")
+    settings = {key: item for key, item in value.items() if key != "kind"}
+    cls = base.kinds[name]
+    unknown = [key for key in settings if key not in {field.name for field, _ in _fields(cls)}]
+    if unknown:
+        own = ", ".join(field.name for field, _ in _fields(cls)) or "no settings"
+        near = _suggestion(str(unknown[0]), [field.name for field, _ in _fields(cls)], path)
+        raise ValueError(f"{path}.{unknown[0]}: unknown setting{near or f'; {name!r} has {own}'}")
+    return from_plain(cls, settings, path)

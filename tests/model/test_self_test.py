@@ -1,0 +1,117 @@
+"""The self-test passes on a sound model, a fresh one too, and names the check that a broken one fails."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rf_train.model import attention, kv_cache, rope, transformer
+from rf_train.model import self_test as self_test_module
+from rf_train.model.chunks import Attention, Dense, Routed, Window
+from rf_train.model.kv_cache import LayerKVCache
+from rf_train.model.self_test import SelfTestError, compare, self_test
+from rf_train.model.transformer import CausalWan
+from tests.conftest import tiny_settings
+
+ATTENTIONS = [Dense(), Routed(top_k=2), Window(window=1)]
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 7])
+@pytest.mark.parametrize("first_chunk", [3, 1])
+def test_a_sound_model_passes(tiny_model, monkeypatch, chunks, first_chunk):
+    compared = []
+    monkeypatch.setattr(self_test_module, "compare", lambda *given: (compared.append(given[0]), compare(*given)))
+    self_test(tiny_model(first_chunk=first_chunk), chunks, ATTENTIONS)
+    assert len(compared) == len(ATTENTIONS) * min(chunks, 4) + 1  # every chunk under every attention, and routing
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_fresh_model_passes(dtype):
+    """Its output is all zero: only its features can be compared."""
+    model = CausalWan(tiny_settings()).to(dtype)
+    assert not model.proj_out.weight.any()
+    self_test(model, 7, ATTENTIONS)
+
+
+def test_it_leaves_no_gradients_and_no_hooks(tiny_model):
+    model = tiny_model()
+    self_test(model, 4, ATTENTIONS)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert not model.proj_out._forward_pre_hooks
+
+
+# ---- ways to break a model
+
+
+def noisy_reads_its_own_history(monkeypatch):
+    visible = Attention.visible
+
+    def visible_and_itself(self, query, chunks):
+        own = [position for position, chunk in enumerate(chunks) if chunk == query]
+        return sorted({*visible(self, query, chunks), *own})
+
+    monkeypatch.setattr(Attention, "visible", visible_and_itself)
+
+
+def history_is_not_read(monkeypatch):
+    monkeypatch.setattr(Attention, "visible", lambda self, query, chunks: [])
+
+
+def everything_is_read(monkeypatch):
+    whole = lambda q, k, v, *_: F.scaled_dot_product_attention(q, k, v)
+    monkeypatch.setattr(transformer, "two_stream_attention", whole)
+
+
+def rotary_positions_start_at_zero_in_every_pass(monkeypatch):
+    monkeypatch.setattr(transformer, "rotary_table", lambda first, *rest: rope.rotary_table(0, *rest))
+
+
+def cached_captions_are_lost(monkeypatch):
+    class Forgetting(LayerKVCache):
+        """Gives zeros for a caption's keys and values as soon as it holds history."""
+
+        @property
+        def text(self):
+            return tuple(torch.zeros_like(x) for x in self.kept) if self.chunks else None
+
+        @text.setter
+        def text(self, value):
+            self.kept = value
+
+    monkeypatch.setattr(kv_cache, "LayerKVCache", Forgetting)
+
+
+def cache_appends_are_lost(monkeypatch):
+    append = LayerKVCache.append
+    zeros = lambda self, k, v, chunks: append(self, torch.zeros_like(k), torch.zeros_like(v), chunks)
+    monkeypatch.setattr(LayerKVCache, "append", zeros)
+
+
+def routing_keeps_one_too_few(monkeypatch):
+    routed_block = attention.routed_block
+    fewer = lambda q, k, v, block, top_k: routed_block(q, k, v, block, max(1, top_k - 1))
+    monkeypatch.setattr(attention, "routed_block", fewer)
+
+
+@pytest.mark.parametrize(
+    "damage, check",
+    [
+        (noisy_reads_its_own_history, "causal"),
+        (history_is_not_read, "causal"),
+        (everything_is_read, "causal"),
+        (rotary_positions_start_at_zero_in_every_pass, "cached = parallel"),
+        (cached_captions_are_lost, "cached = parallel"),
+        (cache_appends_are_lost, "cached = parallel"),
+        (routing_keeps_one_too_few, "routed with top_k >= N = dense"),
+    ],
+)
+def test_a_broken_model_is_stopped_and_the_check_named(tiny_model, monkeypatch, damage, check):
+    damage(monkeypatch)
+    with pytest.raises(SelfTestError, match=f"self-test '{check}' failed"):
+        self_test(tiny_model(), 4, ATTENTIONS)
+
+
+def test_features_that_are_not_finite_are_stopped(tiny_model):
+    model = tiny_model()
+    model.blocks[1].ffn.net[2].bias.data[0] = float("nan")
+    with pytest.raises(SelfTestError, match="finite"):
+        self_test(model, 4, ATTENTIONS)

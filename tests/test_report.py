@@ -1,0 +1,251 @@
+"""The report: the same page for the same runs, every metric by chunk on it, and nothing hostile in it runs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from data_prep.video import write_video
+from rf_train import config, metrics, report
+from rf_train.evaluate import summary
+from rf_train.metrics import METRICS, Metric, Plot, StepMetrics, over_clips
+from rf_train.run_log import RunLog, read_rows
+from rf_train.video_metrics import VIDEO_METRICS, SegmentPair, compare
+from tests.conftest import plain_settings
+from tests.distributed import PROJECT
+from tests.step_results import one_rank, random_result
+
+SEGMENTS = [[0.75, 1.5], [1.5, 3.0]]  # seconds
+HISTORY = {
+    "solver_steps": 1, "fine_solver_steps": 12, "t_shift": 0.6, "solver": [0.1, 0.2], "truth": [0.3, 0.4],
+    "truth_fine": [0.2, 0.3],
+}  # fmt: skip
+
+
+def random_video(stream: np.random.Generator) -> np.ndarray:
+    return np.repeat(stream.integers(0, 256, (12, 4, 4, 3), dtype=np.uint8).repeat(4, 1).repeat(4, 2), 2, axis=0)
+
+
+def write_run(folder: Path, seed: int = 0, stage: str = "forcing", caption: str = "a red circle") -> Path:
+    """A run of six steps in two stages, with an evaluation of two clips of which one kept its videos.
+
+    As rf_train.train, rf_train.evaluate and rf_train.generate write it, with numbers that depend on `seed`.
+    """
+    stages = [{"name": stage, "history": "clean", "steps": 4, "batch": 2}]
+    stages += [{"name": "resampling", "attention": {"kind": "routed", "top_k": 2}, "steps": 2, "batch": 2}]
+    run = {"out": str(folder), "wandb": "disabled"}
+    recipe = config.from_dict({"model": plain_settings(), "run": run, "stages": stages})
+    (folder / "evaluation").mkdir(parents=True)
+    (folder / "videos").mkdir()
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(config.to_dict(recipe)))
+    log = RunLog(recipe, 0, rank=0)
+    for step in range(recipe.steps):
+        measured = StepMetrics()
+        measured.add(["a", "b"], random_result(2, 10 * seed + step))
+        about = {"skipped": 0, "grad_norm": 1.0, "rollout_share": 0.25, "lr": 1e-3}
+        log.log(step, recipe.span_at(step).stage.name, 2, {**measured.reduced(1), **about})
+    log.close()
+    write_evaluation(folder, caption, np.random.default_rng(seed))
+    return folder
+
+
+def write_evaluation(folder: Path, caption: str, stream: np.random.Generator) -> None:
+    rows = []
+    for clip in range(2):
+        made, true = random_video(stream), random_video(stream)
+        latents = stream.standard_normal((2, 4, 6, 2, 2))
+        segments = [compare(SegmentPair(made[part], true[part], *latents)) for part in (slice(0, 12), slice(12, 24))]
+        row = {"clip": f"00000{clip}_0000", "caption": caption, "seed": clip, "segments": segments}
+        if clip == 0:
+            write_video(folder / "evaluation" / "clip-000.mp4", made, 8)
+            write_video(folder / "evaluation" / "truth-000.mp4", true, 8)
+            row.update(video="clip-000.mp4", truth="truth-000.mp4")
+        rows.append(row)
+    evaluation = {
+        "request": {"clips": 2}, "step": 6, "dataset": "data/long", "clips": 2, "fps": 8, "given_seconds": 0.75,
+        "trained_seconds": 1.5, "segments_seconds": SEGMENTS, "metrics": summary(rows, 2), "rows": rows,
+        "history": HISTORY,
+    }  # fmt: skip
+    (folder / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation))
+    write_video(folder / "videos" / "prompt.mp4", random_video(stream), 8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group():
+    with one_rank():
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs that were evaluated on the same segments. No test may change them."""
+    folder = tmp_path_factory.mktemp("runs")
+    return [write_run(folder / name, seed) for seed, name in enumerate(("first", "second"))]
+
+
+def page_of(folders: list[Path], out: Path, *options: str) -> str:
+    assert report.main([*map(str, folders), "--out", str(out), *options]) == 0
+    return out.read_text()
+
+
+class Page(HTMLParser):
+    """The elements of a page, and its text."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.texts: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    def count(self, tag: str) -> int:
+        return sum(found == tag for found, _ in self.elements)
+
+
+# ---- the same page for the same runs
+
+
+def test_the_same_runs_give_the_same_bytes(runs, tmp_path):
+    assert page_of(runs, tmp_path / "one.html") == page_of(runs, tmp_path / "two.html")
+
+
+def test_the_page_carries_no_date(runs, tmp_path):
+    page = page_of(runs, tmp_path / "page.html")
+    page = re.sub(r"base64,[^\"]*", "", page)
+    assert page.count("<svg") == 3
+    assert not re.search(r"20\d\d-\d\d-\d\d|dc:date|\d\d:\d\d:\d\d", page)
+
+
+@pytest.mark.slow
+def test_another_process_gives_the_same_bytes(runs, tmp_path):
+    """With another seed for the order of sets and hashes, and started from another folder."""
+    here = page_of(runs, tmp_path / "here.html")
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "PYTHONHASHSEED": "7"}
+    command = [sys.executable, "-m", "rf_train.report", *map(str, runs), "--out", "there.html"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert (tmp_path / "there.html").read_text() == here
+
+
+# ---- what is on it
+
+
+def test_the_page_has_a_plot_per_metric_and_a_row_per_run(runs, tmp_path):
+    page = Page(page_of(runs, tmp_path / "page.html"))
+    assert page.count("svg") == 3 and page.count("video") == 3 + 2  # truth, two continuations, two prompts
+    for metric in METRICS:
+        assert metric.plot is None or metric.plot.title in page.texts
+    for metric in VIDEO_METRICS:
+        for run in ("first", "second"):
+            assert f"{metric.title} ({metric.better}): {run}" in page.texts
+    assert "routed (top_k 2)" in page.texts and "self-resampling" in page.texts
+    assert "first: 1 solver step(s) to 12" in page.texts
+    assert "2 held-out clips, continued from their first 0.75 s; trained on clips of 1.50 s (dotted)." in "".join(
+        page.texts
+    )
+
+
+def test_the_page_loads_nothing_from_outside(runs, tmp_path):
+    page = Page(page_of(runs, tmp_path / "page.html"))
+    linked = [values[key] for _, values in page.elements for key in ("src", "href", "xlink:href") if key in values]
+    assert linked and all(link.startswith(("data:", "#")) for link in linked)
+
+
+def test_a_run_without_an_evaluation_is_told_by_its_training_alone(runs, tmp_path):
+    bare = write_run(tmp_path / "bare")
+    (bare / "evaluation" / "evaluation.json").unlink()
+    (bare / "videos" / "prompt.mp4").unlink()
+    page = Page(page_of([bare], tmp_path / "page.html"))
+    assert page.count("svg") == 2 and page.count("video") == 0
+
+
+def test_a_run_on_other_segments_is_not_compared(runs, tmp_path):
+    other = write_run(tmp_path / "other")
+    path = other / "evaluation" / "evaluation.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "segments_seconds": [[0.75, 3.0]]}))
+    page = Page(page_of([runs[0], other], tmp_path / "page.html"))
+    assert "other was evaluated on other segments and isn't compared here." in page.texts
+    assert not any(text.endswith("): other") for text in page.texts)
+
+
+def test_the_picture_shows_the_truth_and_every_run(runs, tmp_path):
+    page_of(runs, tmp_path / "page.html", "--picture", str(tmp_path / "frames.png"))
+    with Image.open(tmp_path / "frames.png") as picture:
+        assert picture.size == (
+            2 * 8 * 18,
+            2 * 3 * 18,
+        )  # twice the size; eight frames of 16 x 16 in a border; three rows
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda run: (run / "recipe.yaml").unlink(), "not a run, it has no recipe.yaml"),
+        (lambda run: (run / "metrics.jsonl").write_text(""), "its metrics.jsonl holds no steps yet"),
+        (
+            lambda run: (run / "metrics.jsonl").write_text('{"step": 1, "stage": "forcing", "loss": null}\n'),
+            "its metrics.jsonl holds no step with a finite loss",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_run_gets_one_line(tmp_path, capsys, change, message):
+    run = write_run(tmp_path / "run")
+    change(run)
+    capsys.readouterr()
+    assert report.main([str(run)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert not (run / "report.html").exists()
+
+
+# ---- a new metric
+
+
+def test_a_new_metric_by_chunk_appears_everywhere_without_another_change(tmp_path, monkeypatch):
+    """Only its entry is written. It is summed, logged and drawn."""
+
+    def largest(result):
+        return over_clips(result.x.amax(dim=(1, 3, 4))[:, [0, 3, 6]])
+
+    new = Metric("largest_by_chunk", largest, Plot("the largest latent", "x"))
+    before = page_of([write_run(tmp_path / "before")], tmp_path / "before.html")
+    for module in (metrics, report):  # both have the name
+        monkeypatch.setattr(module, "METRICS", (*METRICS, new))
+    run = write_run(tmp_path / "run")
+    for step, row in enumerate(read_rows(run / "metrics.jsonl")):
+        expected = random_result(2, step).x.amax(dim=(1, 3, 4))[:, [0, 3, 6]].mean(dim=0)
+        assert row["largest_by_chunk"] == pytest.approx(expected.tolist())
+    page = page_of([run], tmp_path / "page.html")
+    assert "the largest latent" in Page(page).texts and "the largest latent" not in before
+
+
+# ---- hostile names
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \"'&amp; $x{$ %s"
+
+
+def test_hostile_captions_and_names_are_text(runs, tmp_path):
+    """They are shown as they are, and make no element and no formula."""
+    name = HOSTILE.replace("/", "∕")  # a folder's name has no slash
+    run = write_run(tmp_path / name, stage=HOSTILE, caption=HOSTILE)
+    (run / "videos" / "prompt.mp4").rename(run / "videos" / f"{name}.mp4")
+    page, plain = Page(page_of([run], tmp_path / "page.html")), Page(page_of(runs[:1], tmp_path / "plain.html"))
+    assert {tag for tag, _ in page.elements} <= {tag for tag, _ in plain.elements}
+    assert not any(key.startswith("on") for _, values in page.elements for key in values)
+    text = "".join(page.texts)
+    assert text.count(HOSTILE) == 3  # the caption, the stage in the table and above the plot
+    assert text.count(name) >= 8
+    assert page.count("svg") == 3

@@ -1,0 +1,82 @@
+"""What a run writes while it trains: a row per step that any JSON reader takes, on rank 0 alone, also after a crash."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from rf_train import config
+from rf_train.config import Recipe
+from rf_train.run_log import RunLog, read_rows
+from tests.conftest import plain_settings
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Recipe:
+    run = {"out": str(tmp_path), "wandb": "disabled"}
+    return config.from_dict({"model": plain_settings(), "run": run, "stages": [{"name": "a", "steps": 4}]})
+
+
+class Wandb:
+    """Stands for a wandb run, and notes what it is given."""
+
+    def __init__(self):
+        self.rows, self.finished = {}, False
+
+    def log(self, row: dict, step: int) -> None:
+        self.rows[step] = row
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def write_steps(recipe: Recipe, first: int, end: int, **metrics) -> Wandb:
+    log = RunLog(recipe, first, rank=0)
+    log.wandb = Wandb()
+    for step in range(first, end):
+        log.log(step, "a", 8, {"loss": 0.5, **metrics})
+    log.close()
+    return log.wandb
+
+
+def test_a_row_per_step_with_its_metrics(recipe, tmp_path):
+    write_steps(recipe, 0, 2, lr=0.1, loss_by_chunk=[1.0, None])
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["stage"] == "a" and row["loss_by_chunk"] == [1.0, None] and row["lr"] == 0.1 for row in rows)
+    assert all(row["samples_per_s"] == pytest.approx(8 / row["seconds"]) for row in rows)
+
+
+def test_what_is_not_finite_is_null(recipe, tmp_path):
+    """JSON has no NaN."""
+    write_steps(recipe, 0, 1, loss=float("nan"), grad_norm=float("inf"))
+    line = (tmp_path / "metrics.jsonl").read_text()
+    row = json.loads(line, parse_constant=lambda name: pytest.fail(name))
+    assert row["loss"] is None and row["grad_norm"] is None
+
+
+def test_wandb_gets_numbers_alone(recipe):
+    """A list as one number per position. Nothing for what wasn't measured."""
+    wandb = write_steps(recipe, 0, 1, t_s=None, loss_by_chunk=[1.0, None, 3.0])
+    row = wandb.rows[1]
+    assert row["loss_by_chunk/0"] == 1.0 and row["loss_by_chunk/2"] == 3.0
+    assert not {"loss_by_chunk", "loss_by_chunk/1", "t_s"} & set(row) and wandb.finished
+
+
+def test_a_resumed_run_drops_the_rows_of_the_steps_that_it_does_again(recipe, tmp_path):
+    """And a last line that was cut by a crash."""
+    write_steps(recipe, 0, 3, loss=1.0)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 4, "sta')
+    assert [row["step"] for row in read_rows(path)] == [1, 2, 3]
+    write_steps(recipe, 2, 4, loss=2.0)
+    assert [(row["step"], row["loss"]) for row in read_rows(path)] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
+
+
+def test_other_ranks_write_nothing(recipe, tmp_path):
+    recipe = replace(recipe, run=replace(recipe.run, out=str(tmp_path / "none")))
+    log = RunLog(recipe, 0, rank=1)
+    log.log(0, "a", 8, {"loss": 0.5})
+    log.print_line("a line")
+    log.close()
+    assert not (tmp_path / "none").exists()

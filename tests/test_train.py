@@ -1,0 +1,186 @@
+"""Training's guarantees: a NaN skips a step, ranks that disagree stop at once, a killed neighbour is named."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from rf_train import config, train
+from rf_train.config import Stage
+from rf_train.data import batches
+from rf_train.diffusion.batch import Batch
+from rf_train.engine import checkpoint, deepspeed_json
+from rf_train.run_log import read_rows
+from tests.conftest import write_dataset
+from tests.distributed import PROJECT, free_port, rank_environment, run_distributed
+from tests.engine.runs import assert_close, recipe_dict
+
+
+def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_its_end():
+    stage = Stage(steps=10, lr=1.0, lr_end=0.1, warmup=3)
+    rates = [train.learning_rate(stage, step) for step in range(10)]
+    assert rates[0] == 0.25 and rates[1] == pytest.approx(0.5 * 0.9) and rates[-1] == pytest.approx(0.1)
+    assert train.learning_rate(replace(stage, lr_end=0.0), 9) == 1.0
+
+
+# ---- gradients that are not finite
+
+
+def train_with_nan_on_this_rank(recipe: dict, rank_with_nan: int, steps: list[int]) -> str | None:
+    """Trains; the loss of one rank is NaN at the given 0-based steps. Returns the error."""
+    loss, train_step, current = train.training_loss, train.train_step, []
+
+    def broken(*arguments):
+        result = loss(*arguments)
+        if int(os.environ["RANK"]) == rank_with_nan and current[-1] in steps:
+            nan = float("nan")
+            return replace(result, loss=result.loss * nan, by_chunk=result.by_chunk * nan)
+        return result
+
+    train.training_loss = broken
+    train.train_step = lambda engine, step, *rest: (current.append(step), train_step(engine, step, *rest))[1]
+    try:
+        train.train(config.from_dict(recipe))
+    except train.TooManySkippedSteps as error:
+        return str(error)
+    return None
+
+
+ZERO_2 = {"deepspeed": "ds_configs/zero2.json"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [{}, ZERO_2, {"precision": "bf16"}, {"precision": "bf16", **ZERO_2}], ids=str)
+def test_a_nan_on_one_rank_skips_the_step_on_all_and_training_goes_on(plain_run, tmp_path, run):
+    recipe = recipe_dict(plain_run.data, tmp_path, **run)
+    recipe["stages"] = recipe["stages"][:1]
+    assert run_distributed(train_with_nan_on_this_rank, 2, recipe=recipe, rank_with_nan=1, steps=[2]) == [None, None]
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 0, 0, 0, 0, 0]
+    assert rows[2]["clips_not_finite"] == 2 and rows[3]["clips_not_finite"] == 0
+    newest = checkpoint.latest(tmp_path)
+    manifest = checkpoint.verified(newest)
+    assert manifest["optimizer_steps"] == manifest["average_steps"] == 7
+    for kind in checkpoint.KINDS:
+        assert all(tensor.isfinite().all() for tensor in checkpoint.read_weights(newest, kind).values())
+    if not run:
+        assert_close([row["loss"] for row in rows[:2]], plain_run.losses[:2], 1e-4)
+        assert rows[2]["loss"] is not None and rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_ten_in_a_row_stop_the_run_with_the_clips_named_and_nothing_saved(plain_run, tmp_path):
+    plain = recipe_dict(plain_run.data, tmp_path, save_every=2)
+    steps = list(range(5, 40))
+    told = run_distributed(train_with_nan_on_this_rank, 2, recipe=plain, rank_with_nan=1, steps=steps)
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert len(rows) == 15 and [row["skipped"] for row in rows] == [0] * 5 + [1] * 10
+    recipe = config.from_dict(plain)
+    datasets = batches.open_datasets(recipe)
+    of_rank_1 = [batch for step in range(5, 15) for batch in batches.step_batches(recipe, datasets, step, 1, 2)]
+    for text in told:
+        assert text.startswith("step 15: 10 steps in a row") and "step-00000004" in text
+        assert all(name in text for batch in of_rank_1 for name in batch.ids)
+    # Neither every second step nor the first stage's end: all of them were skipped.
+    assert checkpoint.step_of(checkpoint.latest(tmp_path)) == 4
+
+
+# ---- ranks that disagree
+
+
+def cut(batch: Batch, frames: int) -> Batch:
+    draws = {
+        name: draw[:, :, :frames] if draw.dim() == 5 else draw[:, : frames // 3] if draw.dim() == 2 else draw
+        for name, draw in batch.draws.items()
+    }
+    return replace(batch, x=batch.x[:, :, :frames], draws=draws, chunk_sizes=[3] * (frames // 3))
+
+
+def disagree_on_this_rank(recipe: dict, changed: dict, frames: int) -> str:
+    """Trains with other settings on rank 1, and with clips that are cut to `frames` there; the error."""
+    if os.environ["RANK"] == "1":
+        recipe = {**recipe, **{section: {**recipe[section], **values} for section, values in changed.items()}}
+        steps = train.steps
+        train.steps = lambda *arguments: (
+            (step, [cut(batch, frames) for batch in micro_batches]) for step, micro_batches in steps(*arguments)
+        )
+    return error_of_training(recipe)
+
+
+def error_of_training(recipe: dict) -> str:
+    try:
+        train.train(config.from_dict(recipe))
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gather", [True, False])
+def test_ranks_that_disagree_stop_at_once(plain_run, tmp_path, gather):
+    recipe, begin = recipe_dict(plain_run.data, tmp_path, gather_for_rollout=gather), time.perf_counter()
+    told = run_distributed(disagree_on_this_rank, 2, timeout=90, recipe=recipe, changed={}, frames=6)
+    chunks = "step 1: ranks disagree on chunks: 3 on rank 0, 2 on rank 1; all must read the same recipe and data"
+    assert told == [chunks] * 2
+    changed = {"model": {"chunk": 2}, "run": {"seed": 5}}
+    told = run_distributed(disagree_on_this_rank, 2, timeout=90, recipe=recipe, changed=changed, frames=9)
+    settings = "recipe.model.chunk is 3 on rank 0, 2 on rank 1; recipe.run.seed is 4 on rank 0, 5 on rank 1"
+    assert told == [f"ranks disagree: {settings}"] * 2
+    assert time.perf_counter() - begin < 90
+
+
+def train_on_a_node_of_its_own(recipe: dict, files: dict) -> str:
+    """Trains where rank 1 finds other files under the same names; the error."""
+    if os.environ["RANK"] == "1":
+        find, dataset = deepspeed_json.find_file, batches.LatentDataset
+        deepspeed_json.find_file = lambda path: find(files.get(path, path))
+        batches.LatentDataset = lambda folder, model: dataset(files.get(str(folder), folder), model)
+    return error_of_training(recipe)
+
+
+@pytest.mark.slow
+def test_ranks_with_other_files_under_the_same_names_stop_at_once(plain_run, tmp_path):
+    recipe = recipe_dict(plain_run.data, tmp_path)
+    files = {"ds_configs/zero3.json": "ds_configs/zero2.json"}
+    for said in run_distributed(train_on_a_node_of_its_own, 2, timeout=90, recipe=recipe, files=files):
+        stage = "deepspeed.zero_optimization.stage is 3 on rank 0, 2 on rank 1"
+        assert said.startswith("ranks disagree: ") and stage in said
+    write_dataset(tmp_path / "other", count=16)
+    short = str(plain_run.data / "short")
+    files = {short: str(tmp_path / "other")}
+    for said in run_distributed(train_on_a_node_of_its_own, 2, timeout=90, recipe=recipe, files=files):
+        samples = f"data.{short}.samples is 12 on rank 0, 16 on rank 1; data.{short}.card is "
+        assert said.startswith(f"ranks disagree: {samples}")
+
+
+# ---- a rank that is killed
+
+
+@pytest.mark.slow
+def test_when_a_rank_is_killed_the_other_says_so_in_one_line_and_leaves(plain_run, tmp_path):
+    recipe = recipe_dict(plain_run.data, tmp_path / "run")
+    recipe["stages"][0]["steps"] = 10_000
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    port, command = free_port(), [sys.executable, "-m", "rf_train.train", tmp_path / "recipe.yaml"]
+    ranks = [
+        subprocess.Popen(
+            command, cwd=PROJECT, env={**os.environ, **rank_environment(rank, 2, port)}, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    rows, begin = tmp_path / "run" / "metrics.jsonl", time.monotonic()
+    try:
+        while len(read_rows(rows)) < 3 and time.monotonic() - begin < 120 and ranks[0].poll() is None:
+            time.sleep(0.2)
+        ranks[1].kill()
+        said = ranks[0].communicate(timeout=60)[1]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    assert ranks[0].returncode == 2
+    assert said.splitlines()[-1].startswith("error: another rank has stopped") and "Traceback" not in said
