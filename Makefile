@@ -1,8 +1,8 @@
 # make demo                    from raw video files to a trained, sampled, measured model: runs/demo/report.html
 # make test                    all tests;  make test T=tests/model  some of them
-# make test-fast               the tests of a few seconds: the loop of a day
+# make test-fast               all but the slow tests: the loop of a day
 # make lint, make format       what CI checks besides the tests; put the code into its form
-# make demo TORCH=cpu          with PyTorch's build for CPUs (or TORCH=cu128, ...), so that nothing else is downloaded
+# make demo TORCH=cpu          with PyTorch's build for CPUs (or TORCH=cu128, ...): once, later calls keep it
 # All set up .venv first. What stands already is not done twice, what was interrupted is done again.
 
 PYTHON ?= python3
@@ -10,7 +10,8 @@ TORCH ?=
 T ?= tests
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready$(if $(TORCH),-$(TORCH))
+# The mark of a finished set-up. Without TORCH the one that stands will do, whatever its build.
+READY := $(if $(TORCH),$(VENV)/.ready-$(TORCH),$(firstword $(wildcard $(VENV)/.ready*) $(VENV)/.ready))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCH_INDEX := $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH))
 

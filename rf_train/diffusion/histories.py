@@ -5,6 +5,7 @@ To add one, write a class here: training, planning, metrics, report and tests fi
 """
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,7 +22,7 @@ from rf_train.model.transformer import VelocityModel
 from rf_train.settings import Kind, require
 
 
-class History(Kind):
+class History(Kind, ABC):
     """A way to make the history x~ of chunks 1 .. N - 1. Nothing reads x~ of the last chunk, so it isn't made."""
 
     label: ClassVar[str]  # what people read
@@ -29,16 +30,16 @@ class History(Kind):
     is_the_clip: ClassVar[bool] = False  # whether x~ is the clip itself, and takes no memory
 
     def level(self, batch: Batch) -> Tensor:
-        """The noise level that each clip's history is made from: [B], 0 = the truth itself."""
-        raise NotImplementedError
+        """The noise level that each clip's history is made from: [B]. 0: without noise."""
+        return batch.x.new_zeros(len(batch.x))
 
+    @abstractmethod
     def make(self, batch: Batch, level: Tensor, attention: Attention, model: VelocityModel | None) -> Tensor:
         """x~ [B, C, F', H, W], F' = `batch.history_frames`. `model` is there when `needs_rollout` said so on any rank.
 
         A rollout must make exactly the passes of `rollout_passes`, on every rank: under ZeRO-3 each pass is a
         collective.
         """
-        raise NotImplementedError
 
     def rollout_passes(self, sizes: list[int]) -> list[ModelPass]:
         """The passes of the model that `make` runs, for chunks of `sizes` latent frames; none without a rollout."""
@@ -70,9 +71,6 @@ class Clean(History, kind="clean"):
 
     label = "teacher forcing"
     is_the_clip = True
-
-    def level(self, batch: Batch) -> Tensor:
-        return batch.x.new_zeros(len(batch.x))
 
     def make(self, batch: Batch, level: Tensor, attention: Attention, model: VelocityModel | None) -> Tensor:
         return batch.x[:, :, : batch.history_frames]

@@ -39,6 +39,7 @@ def quick(monkeypatch, seed=0, size=(16, 24), frames=9):
     return DefaultCodec.fit([rng.integers(0, 256, (frames, *size, 3), dtype=np.uint8) for _ in range(3)], seed)
 
 
+@pytest.mark.slow
 def test_decodes_unseen_clips_at_30_db(fitted, unseen):
     """After storage as float16, on clips of another seed; and a latent a little off is a picture a little off."""
     clean, noisy, deviations = [], [], []
@@ -57,6 +58,7 @@ def test_decodes_unseen_clips_at_30_db(fitted, unseen):
     assert np.mean(deviations, axis=0)[0] > 1.3 > 0.9 > np.mean(deviations, axis=0)[-1] > 0.1
 
 
+@pytest.mark.slow
 def test_a_still_picture_has_the_same_latent_in_every_frame(fitted, unseen):
     latent = fitted.encode(np.repeat(unseen[0][:1], 13, axis=0))
     assert np.allclose(latent, latent[:, :1], atol=1e-5)

@@ -20,7 +20,7 @@ from tests.model.passes import cached_pass, parallel_pass
 def compare_on_this_rank(heads: int, ranks: int) -> dict:
     """The largest differences of velocity, cached velocity and averaged gradient, shared and not."""
     start_ranks()
-    model = CausalWan(tiny_settings(dim=12 * heads, heads=heads, ffn_dim=64, checkpointing="selective"))
+    model = CausalWan(tiny_settings(dim=8 * heads, heads=heads, ffn_dim=64, checkpointing="selective"))
     randomise(model)
     x, t, text = random_clip(11, 1, model.settings, height=8, width=2 * ranks)
     history = random_clip(11, 1, model.settings, 8, 2 * ranks, seed=2)[0]

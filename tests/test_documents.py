@@ -1,0 +1,72 @@
+"""The documents say what is so: links lead somewhere, settings and test files exist, no line is too long."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from data_prep import draw, encode
+from rf_train import config
+from rf_train.diffusion.histories import History
+from rf_train.model.chunks import Attention
+from tests.distributed import PROJECT
+
+FOLDERS = ["data_prep", "ds_configs", "slurm", "tests", "rf_train"]
+DOCUMENTS = sorted(
+    path
+    for path in [*PROJECT.glob("*.md"), *(path for name in FOLDERS for path in (PROJECT / name).rglob("*.md"))]
+    if ".venv" not in path.parts
+)
+ids = [str(path.relative_to(PROJECT)) for path in DOCUMENTS]
+
+
+def known_settings() -> set[str]:
+    """Dotted names of all settings, with N for a stage's position."""
+    found = {f"stages.N.{field.name}" for field in fields(config.Stage)}
+    for section in fields(config.Recipe):
+        if section.name != "stages":
+            found |= {f"{section.name}.{field.name}" for field in fields(section.default_factory())}
+    for name, base in (("history", History), ("attention", Attention)):
+        for kind in base.kinds.values():
+            found |= {f"stages.N.{name}.{field.name}" for field in fields(kind)}
+    return found
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=ids)
+def test_links_lead_to_files(path):
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", [p for p in DOCUMENTS if p.name != "CHANGELOG.md"], ids=lambda path: path.parent.name)
+def test_settings_exist(path):
+    named = re.findall(r"\b(?:model|flow|optimizer|run|start|stages\.[\dN])(?:\.[a-z_]+)+(?==)", path.read_text())
+    assert {re.sub(r"\.\d\.", ".N.", name) for name in named} <= known_settings()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=ids)
+def test_lines_are_at_most_120_characters(path):
+    assert [line for line in path.read_text().splitlines() if len(line) > 120] == []
+
+
+def test_every_folder_of_code_has_a_map_of_its_files():
+    folders = {path.parent for name in FOLDERS for path in (PROJECT / name).rglob("*.py")}
+    for folder in [folder for folder in folders if "tests" not in folder.relative_to(PROJECT).parts]:
+        text = (folder / "README.md").read_text()
+        for file in folder.glob("*.py"):
+            if file.name != "__init__.py":
+                assert file.name in text or f"rf_train.{file.stem}" in text, f"{folder.name}/README.md: {file.name}"
+
+
+def test_the_kinds_and_options_are_documented():
+    recipes = (PROJECT / "rf_train/recipes/README.md").read_text()
+    for base in (History, Attention):
+        for kind, cls in base.kinds.items():
+            if cls.__module__.startswith("rf_train."):
+                row = next(line for line in recipes.splitlines() if line.startswith(f"| `{kind}`"))
+                assert all(f"`{field.name}`" in row for field in fields(cls)), row
+    data = (PROJECT / "data_prep/README.md").read_text()
+    for module in (encode, draw):
+        for option in re.findall(r'add_argument\("(--[a-z-]+)"', Path(module.__file__).read_text()):
+            assert option in data, option
