@@ -1,21 +1,21 @@
 # make demo                    from raw video files to a trained, sampled, measured model: runs/demo/report.html
 # make test                    all tests;  make test T=tests/model  some of them
-# make test-fast               all but the slow tests: the loop of a day
-# make lint, make format       what CI checks besides the tests; put the code into its form
-# make demo TORCH=cpu          with PyTorch's build for CPUs (or TORCH=cu128, ...): once, later calls keep it
-# All set up .venv first. What stands already is not done twice, what was interrupted is done again.
+# make test-fast               all but the slow tests: for everyday work
+# make lint, make format       what CI checks besides the tests; format the code
+# make demo TORCH=cpu          with PyTorch's build for CPUs (or TORCH=cu128, ...); later calls keep it
+# All set up .venv first. Finished work is not repeated. Interrupted work is resumed or done again.
 
 PYTHON ?= python3
 TORCH ?=
 T ?= tests
 VENV := .venv
 BIN := $(VENV)/bin
-# The mark of a finished set-up. Without TORCH the one that stands will do, whatever its build.
+# The file that marks a finished set-up. Without TORCH any existing one will do, whatever its PyTorch build is.
 READY := $(if $(TORCH),$(VENV)/.ready-$(TORCH),$(firstword $(wildcard $(VENV)/.ready*) $(VENV)/.ready))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCH_INDEX := $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH))
 
-# Ranks of the demo's training: its GPUs, a power of two and at most 4; two on a CPU.
+# Ranks of the demo's training: 1, 2 or 4, depending on the number of GPUs; 2 on a CPU.
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 RANKS ?= $(shell if [ $(GPUS) -ge 4 ]; then echo 4; elif [ $(GPUS) -eq 1 ]; then echo 1; else echo 2; fi)
 MICRO := $(shell echo $$((12 / $(RANKS))))
@@ -64,7 +64,7 @@ format: setup
 
 setup: $(READY)
 
-# The mark is written last. Without it a folder that stands is the rest of an interrupted set-up, and is made anew.
+# The mark is written last. A .venv without it comes from an interrupted set-up, and is built again.
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: $(PYTHON) is older than Python 3.10; set PYTHON=python3.x" >&2; exit 2; }

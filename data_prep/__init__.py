@@ -1,1 +1,1 @@
-"""Real video in, shards of latents and text embeddings out. The folder's README.md is its map."""
+"""Turns videos into shards of latents and text embeddings. README.md describes the files."""

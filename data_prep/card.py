@@ -16,7 +16,7 @@ from data_prep.shards import index_shard, read_sample
 SCHEMA = 1
 CARD = "dataset.json"
 
-# What a card must hold: section -> {key: type}. `validate_card` says which is missing or of the wrong kind.
+# What a card must hold: section -> {key: type}.
 _NUMBER = (int, float)
 _CARD_KEYS: dict[str, dict] = {
     "codec": {"name": str, "hash": str, "settings": dict},
@@ -38,15 +38,15 @@ _CARD_KEYS: dict[str, dict] = {
 
 
 def write_card(folder: str | Path, card: dict) -> None:
-    """Writes dataset.json, as a whole or not at all: the last act of making a dataset. The card is validated first."""
+    """Validates the card and writes dataset.json, as a whole or not at all: the last step of making a dataset."""
     validate_card(card, f"{folder}/{CARD}")
     write_atomic(Path(folder) / CARD, json.dumps(card, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_card(folder: str | Path) -> dict:
-    """The card of a dataset, validated; its shards are there, at their recorded sizes.
+    """Reads and validates the card of a dataset. Its shards must exist and have the recorded sizes.
 
-    Raises ValueError, in one line, for anything else. `verify_dataset` checks what the shards hold.
+    Raises a one-line ValueError otherwise. `verify_dataset` checks what the shards hold.
     """
     path = Path(folder) / CARD
     if not path.is_file():
@@ -74,7 +74,7 @@ def card_geometry(card: dict) -> LatentGeometry:
 
 
 def validate_card(card: object, where: str | Path) -> None:
-    """Raises ValueError that names `where` and the key, if `card` is no card of this schema."""
+    """Raises a ValueError that names `where` and the key, if `card` is not a card of this schema."""
     if not isinstance(card, dict):
         raise ValueError(f"{where}: not a dataset card")
     if card.get("schema") != SCHEMA:
@@ -84,7 +84,7 @@ def validate_card(card: object, where: str | Path) -> None:
             raise ValueError(f"{where}: no section {section!r}")
         for key, kind in keys.items():
             if not isinstance(card[section].get(key), kind):
-                raise ValueError(f"{where}: {section}.{key} is missing or of the wrong kind")
+                raise ValueError(f"{where}: {section}.{key} is missing or of the wrong type")
     latent, dim, empty = card["latent"], card["text"]["dim"], card.get("empty_caption")
     if len(latent["mean"]) != latent["channels"] or len(latent["std"]) != latent["channels"]:
         raise ValueError(f"{where}: latent.mean and latent.std must hold {latent['channels']} numbers")
@@ -103,9 +103,9 @@ def validate_card(card: object, where: str | Path) -> None:
 
 
 def verify_dataset(folder: str | Path) -> int:
-    """Reads a whole dataset against its card: hashes, counts, shapes, finiteness. Returns the number of samples.
+    """Checks a whole dataset against its card: hashes, counts, shapes, finite values. Returns the number of samples.
 
-    Raises ValueError, in one line, at the first difference.
+    Raises a one-line ValueError at the first difference.
     """
     card = read_card(folder)
     keys: set[str] = set()
@@ -120,7 +120,7 @@ def verify_dataset(folder: str | Path) -> int:
             latent, text, meta = read_sample(path, members)
             check_sample(card, f"{path}: {key}", latent, text)
             if meta.get("key") != key or key in keys:
-                raise ValueError(f"{path}: {key} is not unique or its JSON names another")
+                raise ValueError(f"{path}: {key} is not unique or its JSON has another key")
             keys.add(key)
     if len(keys) != card["counts"]["samples"]:
         raise ValueError(f"{folder}: {len(keys)} samples, the card says {card['counts']['samples']}")
@@ -128,7 +128,7 @@ def verify_dataset(folder: str | Path) -> int:
 
 
 def check_sample(card: dict, where: str, latent: np.ndarray, text: np.ndarray) -> None:
-    """Raises ValueError that names `where` unless a sample is what the card says: shapes, dtypes, finite values."""
+    """Raises a ValueError that names `where` unless a sample fits the card: shapes, dtypes, finite values."""
     sizes, words = card["latent"], card["text"]
     shape = (sizes["channels"], sizes["frames"], sizes["height"], sizes["width"])
     if latent.shape != shape or latent.dtype != np.float16:

@@ -1,7 +1,7 @@
 """Codecs: pixels to latents and back.
 
-All codecs have Wan's geometry and are causal in time, both ways. So a longer video starts with the same latents, and
-decodes to the same first frames.
+All codecs have Wan's geometry. They are causal in time, in both directions. So a longer video starts with the same
+latents, and decodes to the same first frames.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ class Codec(Protocol):
 
     name: str
     geometry: LatentGeometry
-    mean: list[float]  # by channel: latents are (raw - mean) / std
+    mean: list[float]  # per channel: latents are (raw - mean) / std
     std: list[float]
     settings: dict
     hash: str  # sha256 of weights and settings
@@ -35,7 +35,7 @@ class Codec(Protocol):
 
 
 def open_codec(spec: str, device: str = "cpu") -> Codec:
-    """The codec of "default:FOLDER" (a dataset, or its codec.safetensors) or "wan:FOLDER"."""
+    """Opens the codec "default:FOLDER" (a dataset, or its codec.safetensors) or "wan:FOLDER"."""
     name, _, folder = spec.partition(":")
     if name == "default" and folder:
         path = Path(folder)
@@ -46,7 +46,7 @@ def open_codec(spec: str, device: str = "cpu") -> Codec:
 
 
 def dataset_codec(dataset: str | Path, device: str = "cpu") -> Codec:
-    """The codec that made a dataset, from its card. Raises ValueError if what is there now is another one."""
+    """Opens the codec that made a dataset, as its card says. Raises ValueError if it finds another codec there."""
     recorded = read_card(dataset)["codec"]
     codec: Codec
     if recorded["name"] == "default":

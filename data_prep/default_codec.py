@@ -1,4 +1,4 @@
-"""The embedded codec: fitted in seconds on the user's own videos. Nothing is downloaded.
+"""The built-in codec (`default`): fitted in seconds on the user's own videos. Nothing is downloaded.
 
 A block is 4 frames of 8 x 8 RGB pixels; a latent pixel stands for one block.
 """
@@ -25,8 +25,8 @@ BLOCK = TIME * ROWS * COLUMNS * 3  # the numbers in a block
 CODEC_FILE = "codec.safetensors"
 
 # A channel with standard deviation s is divided by s ** TEMPER (times one constant that makes the mean variance 1).
-# 1 would give every channel variance 1 and so blow up the faint ones, which are little but noise to a small model.
-# Of 0.8, 0.5 and 0.25, the last let a small model keep the shapes of the drawn world best.
+# With 1 every channel would have variance 1. That amplifies weak channels, which are mostly noise to a small model.
+# Of 0.8, 0.5 and 0.25, a small model kept the shapes of the demo's world best with 0.25.
 TEMPER = 0.25
 
 # The fit. Its time, about 10 s on one core, does not depend on the amount of video.
@@ -43,12 +43,12 @@ Tensors = dict[str, Tensor]
 
 
 class DefaultCodec:
-    """The embedded codec.
+    """The built-in codec.
 
-    Encoder: the 16 leading principal components of a block. Frame 0 is encoded as if it had stood for 4 frames. So a
-    still picture has the same latent in every frame, and one decoder serves all.
-    Decoder: the block's COMPONENTS leading principal components. The first 16 are the latent itself; a small MLP adds
-    to all of them what the 3 x 3 blocks around say about this one. Latent frames decode one by one.
+    Encoder: the 16 leading principal components of a block. Frame 0 is repeated to fill a block. So a still picture has
+    the same latent in every latent frame, and one decoder works for all of them.
+    Decoder: the COMPONENTS leading principal components of a block. The first 16 come from the latent itself. A small
+    MLP adds a correction to all of them; it sees the 3 x 3 latents around the block. Latent frames decode one by one.
     """
 
     name = "default"
@@ -91,7 +91,7 @@ class DefaultCodec:
         x -= block_mean
         variance, basis = torch.linalg.eigh((x.T @ x / len(x)).double())
         basis = basis.flip(1)[:, :COMPONENTS]
-        basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()  # eigenvectors have no sign
+        basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()  # fixes the signs
         basis = basis.float()
 
         # A floor for videos that have fewer than 16 components, e.g. a single flat colour.
@@ -117,7 +117,7 @@ class DefaultCodec:
 
     @classmethod
     def load(cls, path: str | Path) -> "DefaultCodec":
-        """Reads a codec.safetensors. Raises ValueError, in one line, for anything else."""
+        """Reads a codec.safetensors. Raises a one-line ValueError for anything else."""
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"{path}: no such file, expected a default codec")
@@ -177,7 +177,7 @@ def _to_frames(blocks: Tensor) -> Tensor:
 
 
 def _with_neighbours(z: Tensor) -> Tensor:
-    """[k, h, w, C] -> [k, h, w, 9 C]: each block with the 3 x 3 around it, itself first. Borders repeat."""
+    """[k, h, w, C] -> [k, h, w, 9 C]: each block with the 3 x 3 blocks around it, its own first. Borders repeat."""
     h, w = z.shape[1:3]
     rows, columns = torch.arange(-1, h + 1).clamp(0, h - 1), torch.arange(-1, w + 1).clamp(0, w - 1)
     padded = z[:, rows][:, :, columns]
@@ -209,7 +209,7 @@ def _fit_decoder(clips: list[Tensor], block_mean: Tensor, basis: Tensor, scale: 
     coefficients = [(clip - block_mean) @ basis for clip in clips]
     inputs = torch.cat([_with_neighbours(c[..., :CHANNELS] / scale).flatten(0, 2) for c in coefficients])
     targets = torch.cat([c.flatten(0, 2) for c in coefficients])
-    # Three of four training blocks have something in them, where there are such.
+    # Three quarters of the training blocks come from those that are not flat, if there are any.
     busy = torch.nonzero(torch.cat([clip.reshape(-1, BLOCK).std(1) for clip in clips]) > 0.05)[:, 0]
     busy = busy if len(busy) else torch.arange(len(inputs))
 

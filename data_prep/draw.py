@@ -2,9 +2,9 @@
 
     python -m data_prep.draw OUT --videos 64 --seconds 5.0625 --size 64x64 --fps 16 --seed 0
 
-writes OUT/video-00000.mp4 (H.264) with its caption in OUT/video-00000.txt, and so on. A video is a function of
-(seed, index) alone: a longer one starts with the same frames. What was hidden comes back the same, so a model
-that draws the world well has to remember it.
+writes OUT/video-00000.mp4 (H.264) with its caption in OUT/video-00000.txt, and so on. The scene of a video depends only
+on (seed, index), so a longer video starts with the same frames. A shape that was hidden comes back unchanged, so a good
+model of this world has to remember it.
 """
 
 import argparse
@@ -34,15 +34,15 @@ BACKGROUND = (20, 20, 26)
 KINDS = ("circle", "square")
 DIRECTIONS = ("right", "down and right", "down", "down and left", "left", "up and left", "up", "up and right")
 
-# In units of the frame's shorter side, and of that per second. At 64x64 and 16 frames a second:
+# Radii in units of the frame's shorter side, speeds in these units per second. At 64x64 and 16 frames per second:
 RADII = (10 / 64, 13 / 64)  # 10 to 13 pixels
-SPEEDS = (6 / 64, 14 / 64)  # 0.4 to 0.9 pixels a frame
-EDGE = 2  # pixels over which a shape's edge fades: antialiased, and kind to small codecs
+SPEEDS = (6 / 64, 14 / 64)  # 0.4 to 0.9 pixels per frame
+EDGE = 2  # pixels over which a shape's edge fades: antialiased, and easier for small codecs
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A flat shape; position, radius and velocity in units of the frame's shorter side (per second), y down."""
+    """A flat shape. Units are the frame's shorter side, and for velocity the shorter side per second; y points down."""
 
     kind: str
     colour: str
@@ -74,7 +74,7 @@ def scene(seed: int, index: int, aspect: float = 1.0, shapes: tuple[int, int] = 
 
 
 def caption(shapes: list[Shape]) -> str:
-    """What is there, front to back, and how it starts to move."""
+    """A sentence that names the shapes, front to back, and their first directions."""
 
     def direction(shape: Shape) -> str:
         octant = round(math.atan2(shape.velocity[1], shape.velocity[0]) / (math.pi / 4)) % 8
@@ -103,7 +103,7 @@ def _distance(kind: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
 
 
 def render(shapes: list[Shape], frames: int, size: tuple[int, int], fps: float) -> Iterator[np.ndarray]:
-    """Yields `frames` images, uint8 [H, W, 3], of the world at times 0, 1 / fps, ... size = (height, width)."""
+    """Yields `frames` images, uint8 [H, W, 3], at times 0, 1 / fps, 2 / fps, and so on. `size` = (height, width)."""
     height, width = size
     short = min(size)
     world = width / short, height / short
@@ -121,7 +121,7 @@ def render(shapes: list[Shape], frames: int, size: tuple[int, int], fps: float) 
 
 @dataclass(frozen=True)
 class DrawSettings:
-    """What a folder of drawn videos is made with."""
+    """The settings that a folder of videos is drawn with."""
 
     videos: int
     frames: int  # of each video
@@ -131,7 +131,7 @@ class DrawSettings:
     shapes: tuple[int, int] = (2, 3)  # fewest and most in a video
 
     def validate(self) -> None:
-        """Raises ValueError, in one line, for numbers that make no videos."""
+        """Raises a one-line ValueError for invalid settings."""
         if self.videos < 1 or self.frames < 1 or self.fps <= 0:
             raise ValueError(f"videos {self.videos}, frames {self.frames} and fps {self.fps} must be positive")
         height, width = self.size
@@ -144,14 +144,14 @@ class DrawSettings:
             raise ValueError(f"shapes {fewest}-{most}: must lie within 1-{len(PALETTE)}")
 
     def record(self) -> dict:
-        """What `draw.json` in the folder says."""
+        """The content of the folder's `draw.json`."""
         fps = int(self.fps) if self.fps == int(self.fps) else self.fps
         record = {"videos": self.videos, "frames": self.frames, "size": list(self.size), "fps": fps}
         return {**record, "seed": self.seed, "shapes": list(self.shapes)}
 
 
 def draw(out: str | Path, settings: DrawSettings) -> int:
-    """Writes mp4 files with captions into the folder `out`; those that stand already are kept.
+    """Writes mp4 files with captions into the folder `out`. Existing ones are kept.
 
     Returns how many were written. Raises ValueError if `out` holds something else.
     """
@@ -170,7 +170,7 @@ def draw(out: str | Path, settings: DrawSettings) -> int:
 
 
 def begin_folder(out: Path, record: dict) -> None:
-    """Makes the folder and its `draw.json`. Raises ValueError if it holds other videos, or anything else."""
+    """Makes the folder and its `draw.json`. Raises ValueError if the folder holds other videos, or anything else."""
     path = out / "draw.json"
     if path.is_file():
         try:
@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    now = f"({written} drawn now)" if written else "stand already, nothing to do"
+    now = f"({written} drawn now)" if written else "exist already, nothing to do"
     print(f"{options.out}: {options.videos} videos of {frames} frames {now}")
     return 0
 

@@ -2,11 +2,12 @@
 
     python -m data_prep.encode SRC OUT --fps 16 --size 480x832 --frames 81 --codec default --text default
 
-SRC is a folder (videos with .txt captions beside them, searched in depth) or a manifest, JSONL or CSV, of `video`,
-`caption` and optionally `start` and `end` in seconds, with paths relative to it. Every video is cut into consecutive
-clips of exactly `--frames` frames. Videos that cannot be used are skipped, logged and counted in the card.
+SRC is a folder of videos with .txt captions beside them, searched recursively. Or it is a manifest, JSONL or CSV, with
+`video`, `caption` and, optionally, `start` and `end` in seconds; its paths are relative to the manifest. Every video is
+cut into consecutive clips of exactly `--frames` frames. Videos that cannot be used are skipped, logged and counted in
+the card.
 
-`--codec default` fits the embedded codec on these videos first; `default:FOLDER` takes that of another dataset.
+`--codec default` fits the built-in codec on these videos first; `default:FOLDER` uses the codec of another dataset.
 """
 
 import argparse
@@ -32,14 +33,14 @@ from data_prep.sources import Row, fingerprint, list_source
 from data_prep.text import TextEncoder, open_text
 from data_prep.video import VideoError, declared_seconds, read_frames
 
-FIT_FRAMES = 17  # frames of a fitting clip once pictures are larger than FIT_SIDE x FIT_SIDE
+FIT_FRAMES = 17  # at most this many frames per clip of the fit, if pictures are larger than FIT_SIDE x FIT_SIDE
 FIT_SIDE = 128
 FIT_SEED = 0
 
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """What a dataset is made with; `codec` and `text` as on the command line."""
+    """The settings that a dataset is made with; `codec` and `text` as on the command line."""
 
     fps: float  # frames per second
     size: tuple[int, int]  # (height, width) in pixels
@@ -50,7 +51,7 @@ class EncodeSettings:
     device: str = "cpu"
 
     def validate(self, geometry: LatentGeometry) -> None:
-        """Raises ValueError, in one line, for numbers that make no dataset."""
+        """Raises a one-line ValueError for invalid settings."""
         geometry.check_patches(*self.size)
         geometry.latent_shape(self.frames, *self.size)
         if not 0 < self.fps <= 1000:
@@ -64,7 +65,7 @@ class EncodeSettings:
         return int(self.fps) if self.fps == int(self.fps) else self.fps
 
     def record(self, codec: Codec | None, text: TextEncoder, rows: list[Row]) -> dict:
-        """What the card says of settings and source. Two datasets with the same record are the same."""
+        """Settings and source, as the card records them. Two datasets with the same record are the same."""
         return {
             "fps": self.whole_fps,
             "height": self.size[0],
@@ -79,14 +80,14 @@ class EncodeSettings:
 
 @dataclass
 class Tally:
-    """What became of the videos, for the card."""
+    """Counts what became of the videos, for the card."""
 
     samples: int = 0
     dropped_seconds: float = 0.0  # remainders shorter than a clip
     skipped: list[dict] = field(default_factory=list)
 
     def skip(self, row: Row, reason: str, detail: str, samples: int) -> None:
-        """Counts a video that cannot be used to its end, and prints it. `samples`: clips that it gave before."""
+        """Counts and prints a video that cannot be used, or not to its end. `samples`: clips made from it before."""
         self.skipped.append({"source": row.source, "reason": reason, "detail": detail, "samples": samples})
         kept = f", kept {samples} clips" if samples else ""
         tqdm.write(f"skipped {row.source}: {reason}{f' ({detail})' if detail else ''}{kept}", file=sys.stderr)
@@ -99,7 +100,7 @@ class Tally:
 def encode(src: str | Path, out: str | Path, settings: EncodeSettings) -> dict:
     """Makes the dataset `out` from `src`; see the module's docstring. Returns its card.
 
-    Raises ValueError, in one line, if there is nothing to make or it cannot be made.
+    Raises a one-line ValueError if the dataset cannot be made.
     """
     out = Path(out)
     fitted = settings.codec == "default"
@@ -109,11 +110,11 @@ def encode(src: str | Path, out: str | Path, settings: EncodeSettings) -> dict:
     rows = list_source(src)
     record = settings.record(codec, text, rows)
     if stands_already(out, record):
-        print(f"{out}: the dataset stands already, nothing to do")
+        print(f"{out}: the dataset exists already, nothing to do")
         return read_card(out)
     bare = sum(not row.caption for row in rows)
     if bare:
-        print(f"{bare} of {len(rows)} videos have no caption; theirs is empty", file=sys.stderr)
+        print(f"{bare} of {len(rows)} videos have no caption; they get the empty one", file=sys.stderr)
 
     if fitted:
         codec = fit_codec(rows, settings)
@@ -125,7 +126,7 @@ def encode(src: str | Path, out: str | Path, settings: EncodeSettings) -> dict:
     if codec is None or not tally.samples:
         (out / CODEC_FILE).unlink(missing_ok=True)
         reasons = ", ".join(f"{n} {reason}" for reason, n in tally.reasons().items())
-        raise ValueError(f"{src}: not one clip could be made, of {len(rows)} videos: {reasons}")
+        raise ValueError(f"{src}: no clip could be made from {len(rows)} videos: {reasons}")
     shape = codec.geometry.latent_shape(settings.frames, *settings.size)
     video = {key: record[key] for key in ("fps", "frames", "height", "width")}
     card = {
@@ -158,9 +159,9 @@ def encode(src: str | Path, out: str | Path, settings: EncodeSettings) -> dict:
 
 
 def stands_already(out: Path, record: dict) -> bool:
-    """Makes `out` ready to be written. True if the dataset stands there, with the same settings and source.
+    """Prepares the folder `out`. True if it already holds the dataset, with the same settings and source.
 
-    Raises ValueError if `out` holds another dataset, or anything that an interrupted run would not have left.
+    Raises ValueError if `out` holds another dataset, or files that an interrupted run does not leave.
     """
     if (out / CARD).exists():
         found = read_card(out)["source"]["settings"]
@@ -187,9 +188,9 @@ def stands_already(out: Path, record: dict) -> bool:
 def encode_rows(
     rows: list[Row], codec: Codec | None, text: TextEncoder, settings: EncodeSettings, writer: ShardWriter, tally: Tally
 ) -> None:
-    """Writes the whole clips of every video, in order.
+    """Encodes and writes the whole clips of every video, in order.
 
-    Without a codec, for which no clip could be found to fit it on, there is nothing to write: then it only tells why.
+    `codec` is None when there was no clip to fit it on. Then nothing is written, and `tally` gets the reasons.
     """
     bar = tqdm(rows, desc="encode", unit="video")
     for row in bar:
@@ -234,11 +235,11 @@ def clip_meta(row: Row, number: int, codec: Codec, settings: EncodeSettings) -> 
     }
 
 
-# ---- the embedded codec's fit
+# ---- the built-in codec's fit
 
 
 def fit_codec(rows: list[Row], settings: EncodeSettings) -> DefaultCodec | None:
-    """Fits the default codec to the source. None if there is not one clip to fit it on."""
+    """Fits the built-in codec to the source. None if there is no clip to fit it on."""
     began = time.monotonic()
     clips = iter(tqdm(fitting_clips(rows, settings), desc="fit codec", unit="clip", leave=False))
     first = next(clips, None)
@@ -253,7 +254,8 @@ def fit_codec(rows: list[Row], settings: EncodeSettings) -> DefaultCodec | None:
 def fitting_clips(rows: list[Row], settings: EncodeSettings) -> Iterator[np.ndarray]:
     """Yields up to FIT_CLIPS clips, uint8 [T, H, W, 3], from random places all over the source, for the codec's fit.
 
-    Of large pictures, FIT_FRAMES frames each. Videos that cannot be read are passed over: encoding reports them.
+    Clips of large pictures have at most FIT_FRAMES frames. Videos that cannot be read are skipped: encoding reports
+    them.
     """
     rng = np.random.default_rng(FIT_SEED)
     small = settings.size[0] * settings.size[1] <= FIT_SIDE**2
@@ -267,20 +269,20 @@ def fitting_clips(rows: list[Row], settings: EncodeSettings) -> Iterator[np.ndar
                 break
             end = row.end or declared_seconds(row.path) or 0.0
             room = max(0.0, end - row.start - seconds)
-            for start in (row.start + rng.uniform(0, room), row.start):  # the end may be missing
+            for start in (row.start + rng.uniform(0, room), row.start):  # the video may end early
                 clip = first_pictures(row, start, length, settings)
                 if len(clip) == length:
                     break
             if len(clip) == length:
                 found += 1
                 yield np.stack(clip)
-                if (turn + 1) * seconds < room:  # a longer video may be looked at again
+                if (turn + 1) * seconds < room:  # a longer video may be used again
                     again.append(row)
         order, turn = again, turn + 1
 
 
 def first_pictures(row: Row, start: float, count: int, settings: EncodeSettings) -> list[np.ndarray]:
-    """Up to `count` frames of a video from `start` seconds on; none if it cannot be read."""
+    """Up to `count` frames of a video, from `start` seconds on; none if the video cannot be read."""
     try:
         return list(itertools.islice(read_frames(row.path, settings.fps, settings.size, start, row.end), count))
     except VideoError:
@@ -294,7 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", help="folder to write the dataset to")
     parser.add_argument("--fps", type=float, default=16)
     parser.add_argument("--size", default="480x832", help="HEIGHTxWIDTH, multiples of 16 (default 480x832)")
-    parser.add_argument("--frames", type=int, default=81, help="frames of a clip, 1 + 4k (default 81)")
+    parser.add_argument("--frames", type=int, default=81, help="frames per clip, 1 + 4k (default 81)")
     parser.add_argument("--codec", default="default", help="default, default:FOLDER or wan:FOLDER")
     parser.add_argument("--text", default="default", help="default or umt5:FOLDER")
     parser.add_argument("--samples-per-shard", type=int, default=256)

@@ -1,4 +1,4 @@
-"""Files on disk: written whole or not at all, and hashed. The only atomic writer and the only hash of the project."""
+"""Atomic writes and file hashes, for the whole project."""
 
 import hashlib
 import json

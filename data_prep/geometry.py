@@ -1,10 +1,10 @@
-"""Sizes: video frames and pixels, the latents that stand for them, and the transformer's patches of these."""
+"""Sizes: video frames and pixels, the latents that stand for them, and the transformer's patches."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-PATCH = 2  # Wan's transformer joins 2 x 2 latent pixels in a token
+PATCH = 2  # Wan's transformer joins 2 x 2 latent pixels into a token
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class LatentGeometry:
     strides: tuple[int, int, int]
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """[C, T, H, W] of a clip's latent. Raises ValueError, with the nearest sizes, when the numbers don't divide."""
+        """[C, T, H, W] of a clip's latent. Raises ValueError, with the nearest valid sizes, if these don't fit."""
         time, rows, columns = self.strides
         if frames < 1 or (frames - 1) % time:
             below = max(1, frames - (frames - 1) % time)
@@ -30,7 +30,7 @@ class LatentGeometry:
         return self.channels, 1 + (frames - 1) // time, height // rows, width // columns
 
     def latent_shape_of(self, frames: np.ndarray) -> tuple[int, int, int, int]:
-        """`latent_shape` of pixels. Raises ValueError unless they are uint8 [T, H, W, 3] and the numbers divide."""
+        """`latent_shape` of a clip of pixels. Raises ValueError unless it is uint8 [T, H, W, 3] of a valid size."""
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
             raise ValueError(f"frames must be uint8 [T, H, W, 3], not {frames.dtype} {frames.shape}")
         return self.latent_shape(*frames.shape[:3])
@@ -41,11 +41,11 @@ class LatentGeometry:
             raise ValueError(f"latent must be [{self.channels}, T, H, W], not {tuple(shape)}")
 
     def latent_frames(self, frames: int) -> int:
-        """Latent frames that hold at least `frames` video frames."""
+        """The smallest number of latent frames that stands for at least `frames` video frames."""
         return 1 + -(-(frames - 1) // self.strides[0])
 
     def video_frames(self, latent_frames: int) -> int:
-        """Video frames that the first `latent_frames` latent frames stand for; none for 0."""
+        """Video frames that the first `latent_frames` latent frames stand for."""
         return 1 + self.strides[0] * (latent_frames - 1) if latent_frames else 0
 
     def check_patches(self, height: int, width: int, patch: int = PATCH) -> None:

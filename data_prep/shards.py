@@ -1,10 +1,10 @@
 """Shards on disk: plain tar files in webdataset's layout.
 
     shard-000000.tar     KEY.latent.npy  float16 [C, T, H, W], normalised
-                         KEY.text.npy    float16 [L, D], L the caption's true number of tokens
+                         KEY.text.npy    float16 [L, D], L the caption's number of tokens, not padded
                          KEY.json        caption, source, start, end, fps, height, width, frames, codec, key
 
-Shards are a function of their samples alone (no times, no owners), so the same input gives the same bytes.
+Shards depend on their samples alone and hold no times or owners, so the same input gives the same bytes.
 """
 
 import io
@@ -25,7 +25,7 @@ Members = dict[str, ByteSpan]  # where each of MEMBERS is
 
 
 def to_float16(array: np.ndarray, what: str) -> np.ndarray:
-    """`array` as float16. Raises ValueError that names `what` when a value is not finite in float16."""
+    """`array` as float16. Raises a ValueError that names `what` when a value is not finite in float16."""
     with np.errstate(over="ignore"):
         half = np.asarray(array).astype(np.float16)
     if not np.isfinite(half).all():
@@ -42,7 +42,7 @@ def npy_bytes(array: np.ndarray) -> bytes:
 
 
 def npy_array(data: bytes, what: str = "array") -> np.ndarray:
-    """The inverse of `npy_bytes`. Raises ValueError that names `what` for anything but a plain npy array."""
+    """The inverse of `npy_bytes`. Raises a ValueError that names `what` for anything but a plain npy array."""
     try:
         return np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
@@ -114,7 +114,7 @@ class ShardWriter:
 def index_shard(path: str | Path) -> list[tuple[str, Members]]:
     """The samples of a shard, from its tar headers alone: [(key, {member: (offset, size)})] in file order.
 
-    Offsets and sizes are bytes in the file. Raises ValueError, in one line, for a file that is missing, no tar, cut
+    Offsets and sizes are bytes in the file. Raises a one-line ValueError for a file that is missing, not a tar, cut
     short, or not of this layout.
     """
     try:

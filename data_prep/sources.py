@@ -1,4 +1,4 @@
-"""What to encode: a folder or a manifest of videos, as rows."""
+"""What to encode: a folder or a manifest, as a list of videos (`Row`)."""
 
 import csv
 import hashlib
@@ -45,7 +45,7 @@ def list_source(src: str | Path) -> list[Row]:
 
 
 def fingerprint(rows: list[Row]) -> str:
-    """SHA-256, in hexadecimal, of what a source says: names, captions, spans, and the files' sizes."""
+    """SHA-256, in hexadecimal, of a source: the names, captions, spans and file sizes of its videos."""
     digest = hashlib.sha256()
     for row in rows:
         size = os.path.getsize(row.path) if row.path.is_file() else None

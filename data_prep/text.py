@@ -24,13 +24,13 @@ class TextEncoder(Protocol):
     folder: str | None  # where the weights are; None: there are none
 
     def encode(self, captions: list[str]) -> list[np.ndarray]:
-        """For each caption float32 [L, dim], L its true number of tokens, 1 <= L <= max_tokens."""
+        """For each caption float32 [L, dim], not padded; L is its number of tokens, 1 <= L <= max_tokens."""
 
 
 class HashText:
-    """The embedded encoder, without weights: every word has one fixed vector of mean 0 and variance 1.
+    """The built-in encoder, without weights: every word has one fixed vector of mean 0 and variance 1.
 
-    The vector is a function of the lower-cased word alone, on every machine. A caption is its words' vectors in order.
+    The vector depends only on the lower-cased word, on every machine. A caption is its words' vectors in order.
     The empty caption is one vector of its own.
     """
 
@@ -56,9 +56,9 @@ class UMT5Text:
     """Wan's text encoder: transformers' UMT5EncoderModel and its tokenizer from a local folder.
 
     The folder holds both, or the subfolders `text_encoder` and `tokenizer` of a published Wan checkpoint. Captions are
-    cut at 512 tokens. Only the true tokens are returned; Wan has zeros past them, up to 512.
+    cut at 512 tokens. Only the tokens of the caption are returned; Wan itself pads them with zeros to 512.
 
-    Raises ValueError, in one line, when the folder holds no umT5.
+    Raises a one-line ValueError when the folder holds no umT5.
     """
 
     name = "umt5"
@@ -106,7 +106,7 @@ class UMT5Text:
 
 
 def open_text(spec: str, device: str = "cpu") -> TextEncoder:
-    """The text encoder of "default" or "umt5:FOLDER"."""
+    """Opens the text encoder "default" or "umt5:FOLDER"."""
     name, _, folder = spec.partition(":")
     if spec == "default":
         return HashText()
@@ -116,7 +116,7 @@ def open_text(spec: str, device: str = "cpu") -> TextEncoder:
 
 
 def dataset_text(dataset: str | Path, device: str = "cpu") -> TextEncoder:
-    """The text encoder that made a dataset, from its card. Raises ValueError if what is there now is another one."""
+    """Opens the text encoder that made a dataset, as its card says. Raises ValueError if it finds another one there."""
     recorded = read_card(dataset)["text"]
     spec = "default" if recorded["name"] == "default" else f"{recorded['name']}:{recorded['folder']}"
     text = open_text(spec, device)

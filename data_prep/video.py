@@ -1,7 +1,7 @@
-"""Reads any video on a target clock; writes mp4.
+"""Reads any video at a constant frame rate; writes mp4.
 
-Frames are uint8 [H, W, 3] RGB. Times are seconds since the stream's first frame, as exact fractions: a file's own
-clock may start anywhere, run at a variable rate or jump, and only its timestamps say what is on screen when.
+Frames are uint8 [H, W, 3] RGB. Times are exact fractions, in seconds since the stream's first frame. A file's own clock
+may start anywhere, run at a variable rate or jump. Only its timestamps say when a frame is on screen.
 """
 
 import os
@@ -17,12 +17,12 @@ from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
 from PIL import Image
 
-# Containers whose header declares a duration, so that a file which ends before it is known to be cut short.
+# Containers whose header declares a duration. A file that ends earlier is cut short.
 _DECLARES_DURATION = {"mov", "mp4", "matroska", "webm", "avi", "flv"}
-# Timestamps are rounded to the container's tick (1 ms in Matroska): a frame this little late counts as in time.
+# Timestamps are rounded to the container's tick (1 ms in Matroska). A frame that is late by no more counts as in time.
 _TOLERANCE = Fraction(1, 1000)
 
-_Shown = tuple[Fraction, Fraction, Any]  # a frame is on screen from, until; the frame, None at the video's end
+_Shown = tuple[Fraction, Fraction, Any]  # (on screen from, until, frame); at the video's end the frame is None
 
 
 class VideoError(ValueError):
@@ -38,18 +38,18 @@ class VideoError(ValueError):
 
 
 def best_stream(container: Any) -> Any:
-    """The video stream with the largest picture that is no cover art or thumbnail; None without one. Ties: first."""
+    """The (first) video stream with the largest picture. Cover art and thumbnails don't count. None without any."""
     still = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
     streams = [s for s in container.streams.video if s.codec_context is not None and not s.disposition & still]
     return max(streams, key=lambda s: s.codec_context.width * s.codec_context.height, default=None)
 
 
 def _open(path: str | Path) -> Any:
-    """An open container. Raises VideoError if the file is missing or no video."""
+    """Opens a container. Raises VideoError if the file is missing or not a video."""
     if not os.path.isfile(path):
         raise VideoError(path, "missing")
     try:
-        # An absolute path is never taken for a protocol, and a playlist inside a file never leads to the network.
+        # An absolute path can't be taken for a protocol, and the whitelist keeps playlists off the network.
         return av.open(os.path.abspath(path), options={"protocol_whitelist": "file"}, metadata_errors="replace")
     except (av.FFmpegError, ValueError) as error:
         with open(path, "rb") as file:
@@ -59,7 +59,7 @@ def _open(path: str | Path) -> Any:
 
 
 def declared_seconds(path: str | Path) -> float | None:
-    """The length in seconds that a video's header declares, a hint only; None where it says nothing."""
+    """The length in seconds that a video's header declares, only a hint; None if it declares none."""
     try:
         with _open(path) as container:
             stream = best_stream(container)
@@ -79,12 +79,12 @@ def read_frames(
 ) -> Iterator[np.ndarray]:
     """Yields a video's frames, uint8 [H, W, 3] RGB, at a constant rate.
 
-    Frame n is what a player shows `start + n / fps` seconds after the first frame, for every n before `end` (or the
-    video's end): held frames repeat, surplus ones are dropped. Rotation and non-square pixels are applied; then the
-    picture is resized (antialiased) to cover `size` = (height, width) and cropped at its centre. Without `size` it
-    keeps its own. Memory does not grow with the video's length.
+    Frame n is what a player shows `start + n / fps` seconds after the first frame. So frames are repeated or dropped
+    where the video's own rate differs. The last one is before `end`, or the video's end. Rotation and non-square pixels
+    are applied. Then the picture is resized (antialiased) to cover `size` = (height, width) and cropped at its centre.
+    Without `size` it keeps its own size. Memory does not grow with the video's length.
 
-    Raises VideoError, possibly after frames that are sound, when the file is missing, no video, damaged or cut short.
+    Raises VideoError when the file is missing, not a video, damaged or cut short. Good frames may come before it.
     """
     rate, begin = Fraction(fps).limit_denominator(100_000), Fraction(start)
     stop = None if end is None else Fraction(end)
@@ -118,7 +118,7 @@ class _Decoder:
         self.damage: tuple[str, str] | None = None  # reason and detail, once something is wrong
         self.last: Fraction | None = None  # the time of the last frame shown
         self.reached: dict[int, Fraction] = {}  # stream index -> the latest end of its packets
-        # AVI stores no display times, only the steady ones of decoding: the n-th frame shown takes the n-th of them.
+        # AVI stores no display times, only evenly spaced decoding times: the n-th frame shown takes the n-th of these.
         self.steady_times: deque | None = deque() if "avi" in self.formats else None
 
     def shown(self) -> Iterator[_Shown]:
@@ -138,7 +138,7 @@ class _Decoder:
             if self.last is not None and time <= self.last:
                 continue  # never back in time
             if self.damage and self.last is not None and time - self.last > self.usual_duration * 3 / 2:
-                break  # the frame between belonged to the missing part
+                break  # a frame before this one was lost to the damage
             first = time if self.last is None else first
             until = time + (frame.duration * self.stream.time_base if frame.duration else self.usual_duration)
             self.last = time
@@ -151,7 +151,7 @@ class _Decoder:
             raise VideoError(self.path, reason, f"{detail}, good for {float(until - first):.2f} s")
 
     def _frames(self) -> Iterator[Any]:
-        """What the packets decode to. Ends with the packet at which `damage` was found."""
+        """The frames that the packets decode to. Ends with the packet at which `damage` was found."""
         packets = self.container.demux()
         while self.damage is None:
             try:
@@ -169,7 +169,7 @@ class _Decoder:
             yield from frames
 
     def _is_ours(self, packet: Any) -> bool:
-        """Notes how far a packet's stream reaches. Whether it is the video's."""
+        """Whether a packet belongs to the video's stream. Also records how far the packet's stream reaches."""
         index = packet.stream.index
         if packet.pts is not None:
             end = (packet.pts + (packet.duration or 0)) * packet.time_base
@@ -177,7 +177,7 @@ class _Decoder:
         return index == self.stream.index
 
     def _checked(self, packet: Any) -> Any:
-        """The packet; None, which makes the decoder give what it still holds, for an incomplete one."""
+        """The packet, or None if it is incomplete: None makes the decoder give the frames that it still holds."""
         at_end = packet.size == 0 and packet.dts is None
         if at_end and _DECLARES_DURATION & self.formats:
             missing = self._missing_seconds()
@@ -202,11 +202,11 @@ class _Decoder:
 
 
 def _shown_from(path: str | Path, container: Any, stream: Any, start: Fraction) -> Iterator[_Shown]:
-    """As `_Decoder.shown`, in seconds since the first frame, and from the last frame shown before `start` on.
+    """As `_Decoder.shown`, but times count from the first frame, and frames that end before `start` may be left out.
 
-    What comes before is skipped where the file can be searched.
+    It seeks to `start` if the file allows it.
     """
-    # Not in AVI: its times are counted from the first packet on, and a search would lose the count.
+    # Not in AVI: its times are counted from the first packet on, and seeking would lose the count.
     if start <= 1 or container.format.name == "avi":
         yield from _from_first_frame(_Decoder(path, container, stream).shown())
         return
@@ -244,17 +244,17 @@ def _video_stream(path: str | Path, container: Any) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """What FFmpeg says, without the numbers and file names around it."""
+    """FFmpeg's own words, without the numbers and file names around them."""
     return getattr(error, "strerror", None) or str(error)
 
 
 def _picture(frame: Any, stream: Any, size: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
-    """A decoded frame as (uint8 [H, W, 3] RGB, its (height, width)), upright, with square pixels, at `size`."""
+    """A decoded frame as (uint8 [H, W, 3] RGB, its (height, width)): upright, with square pixels, resized to `size`."""
     rgb = frame.to_ndarray(format="rgb24")
     pixel = stream.sample_aspect_ratio or Fraction(1)
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if matrix is not None:
-        # Row vectors: x' = a x + c y, y' = b x + d y, y down. Multiples of 90 degrees and mirrors; others are ignored.
+        # Row vectors: x' = a x + c y, y' = b x + d y, y down. Only multiples of 90 degrees and mirrors are applied.
         a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].astype(np.int64)
         if a == d == 0:
             rgb, pixel = rgb.transpose(1, 0, 2), 1 / pixel
@@ -263,7 +263,7 @@ def _picture(frame: Any, stream: Any, size: tuple[int, int] | None) -> tuple[np.
     height, width = rgb.shape[:2]
     if size is None:
         size = height, max(1, round(width * pixel))
-    # The part of the source that fills `size`, in source pixels. Both are compared as displayed.
+    # The part of the source that fills `size`, in source pixels. Aspect ratios are compared as displayed.
     wanted = Fraction(size[1], size[0]) / pixel
     if Fraction(width, height) > wanted:
         box_height, box_width = height, float(height * wanted)
@@ -281,8 +281,8 @@ def write_video(
 ) -> None:
     """Writes frames, uint8 [T, H, W, 3] or an iterable of [H, W, 3], as an H.264 mp4 that browsers play.
 
-    yuv420p with its index in front; the same frames give the same file. `path` appears only when it is whole.
-    Raises ValueError for no frames, odd sizes, or frames that are not alike.
+    The file is yuv420p, with its index in front. The same frames give the same file. `path` appears only when it is
+    complete. Raises ValueError for no frames, odd sizes, or frames of different shapes.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -298,8 +298,8 @@ def write_video(
                 container = av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"})
                 stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(100_000))
                 stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], "yuv420p"
-                # The same frames give the same file: one thread, and no mbtree, whose assembly makes tiny pictures
-                # depend on what the memory held before.
+                # The same frames must give the same file. So there is one thread, and no mbtree: on tiny pictures its
+                # assembly code depends on what the memory held before.
                 stream.options = {"crf": str(crf), "preset": "medium", "threads": "1", "x264-params": "mbtree=0"}
             if frame.shape != first.shape or frame.dtype != np.uint8:
                 raise ValueError(f"{path}: a frame is {frame.dtype} {frame.shape}, the first was {first.shape}")
@@ -320,7 +320,7 @@ def write_video(
 
 
 def check_writable(path: Path, frame: np.ndarray) -> None:
-    """Raises ValueError that names `path` unless a frame is one that `write_video` can write."""
+    """Raises a ValueError that names `path` unless `write_video` can write the frame."""
     if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
         raise ValueError(f"{path}: frames must be uint8 [H, W, 3], not {frame.dtype} {frame.shape}")
     if frame.shape[0] % 2 or frame.shape[1] % 2:

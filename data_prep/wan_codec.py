@@ -15,11 +15,12 @@ from data_prep.geometry import WAN_2_1
 class WanCodec:
     """Wan 2.1's VAE from a local folder, or from its subfolder `vae`.
 
-    Latents are the posterior's mode, normalised with the mean and std of the VAE's own config. Both ways run in
-    pieces of 1 + 4 + 4 + ... frames, with the network's causal cache in between. The result is exactly that of the
-    whole, and one piece at a time is on the device. bfloat16 on a GPU, float32 on a CPU, unless `dtype` is given.
+    Latents are the posterior's mode, normalised with the mean and std of the VAE's own config. Encoding and decoding
+    run in pieces of 1, 4, 4, ... frames, which the network's causal cache connects. The result is exactly that of one
+    call on the whole clip, but only one piece is on the device at a time. The dtype is bfloat16 on a GPU and float32
+    on a CPU, unless `dtype` is given.
 
-    Raises ValueError, in one line, when the folder holds no VAE of Wan 2.1.
+    Raises a one-line ValueError when the folder holds no VAE of Wan 2.1.
     """
 
     name = "wan"

@@ -1,7 +1,7 @@
 """Measures parts of the project:  python -m rf_train.bench attention|model|step|rollout
 
-Each prints a table for people and, as its last line, one JSON object with the same figures. What is compared is
-measured in turn in one run, and figures are ratios of medians, since machines are noisy.
+Each prints a table for people and, as its last line, one JSON object with the same figures. Things that are compared
+are measured in turn, in one run. Figures are ratios of medians, because machines are noisy.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from rf_train.model.transformer import CausalWan
 
 Result = tuple[list[str], dict]  # lines for people, and the figures
 
-MULTIPLICATIONS, SIZE = 8, 1024  # of the square matrices that the matrix-multiply rate is measured with
+MULTIPLICATIONS, SIZE = 8, 1024  # how many products of SIZE x SIZE matrices measure the matmul rate
 
 
 def device() -> torch.device:
@@ -74,13 +74,14 @@ def multiply_matrices(a: Tensor, b: Tensor) -> None:
 def attention_flop(heads: int, head_dim: int, chunk: int, chunks: int) -> float:
     """Forward FLOP of two-stream attention over N chunks of S tokens.
 
-    History chunk i reads i chunks (i < N), noisy chunk i reads i: N^2 pairs of chunks, of 4 S^2 heads head_dim each.
+    Counted from 1, history chunk i < N reads i chunks, and noisy chunk i <= N reads i. That makes N^2 pairs of chunks,
+    of 4 S^2 heads head_dim FLOP each.
     """
     return 4.0 * heads * head_dim * chunk**2 * chunks**2
 
 
 def dense_mask(chunk: int, chunks: int) -> Tensor:
-    """bool [L, L] over history chunks 1 .. N - 1 and noisy chunks 1 .. N: what a masked implementation builds."""
+    """bool [L, L] over history chunks 1 .. N - 1, then noisy chunks 1 .. N: the mask of a masked implementation."""
     index = torch.cat([torch.arange(chunks - 1), torch.arange(chunks)]).repeat_interleave(chunk)
     noisy = torch.arange(len(index)) >= (chunks - 1) * chunk
     q, k = index[:, None], index[None]
@@ -102,7 +103,7 @@ def random_qkv(heads: int, head_dim: int, layout: PassLayout) -> list[Tensor]:
 
 
 def random_batch(settings: ModelSettings, chunks: int, side: int) -> Batch:
-    """One random clip of `chunks` chunks, side x side tokens per latent frame, with the numbers of self-resampling."""
+    """One random clip of `chunks` chunks, side x side tokens per latent frame, with the draws of self-resampling."""
     frames = chunks * settings.chunk
     x = torch.randn(1, settings.channels, frames, settings.patch * side, settings.patch * side)
     text = torch.randn(1, settings.text_len, settings.text_dim)
@@ -111,7 +112,7 @@ def random_batch(settings: ModelSettings, chunks: int, side: int) -> Batch:
 
 
 def bench_attention(options: argparse.Namespace) -> Result:
-    """Two-stream attention against one with a dense mask, and against the device's matrix-multiply rate."""
+    """Compares two-stream attention with attention under a dense mask, and with the device's matrix-multiply rate."""
     heads, chunk, chunks = options.heads, options.tokens, options.chunks
     head_dim = 128 if torch.cuda.is_available() else 64
     layout, mask = two_streams(chunk, chunks), dense_mask(chunk, chunks)
@@ -204,7 +205,7 @@ def linear_parameters(model: torch.nn.Module) -> int:
 
 
 def bench_model(options: argparse.Namespace) -> Result:
-    """A two-stream training step's FLOP/s against that of diffusers' Wan, for as many tokens and equal weights."""
+    """Compares the FLOP/s of a two-stream training step with those of diffusers' Wan: same size, as many tokens."""
     from diffusers import WanTransformer3DModel
 
     chunks, side, chunk = options.chunks, options.side, options.frames
@@ -235,7 +236,7 @@ def bench_model(options: argparse.Namespace) -> Result:
     seconds = timed({"two streams": step_of_ours, "diffusers": step_of_theirs}, options.rounds)
     parameters = linear_parameters(ours)
     linear = 2.0 * parameters * frames * tokens
-    # The last block makes nothing of history but keys and values.
+    # In the last block, history tokens only give keys and values.
     skipped = 2.0 * (parameters - 2 * settings.dim**2) / settings.layers * clean * tokens
     cross = 4.0 * settings.dim * settings.text_len * tokens  # per frame and block
     ours_per_block = attention_flop(settings.heads, settings.head_dim, chunk * tokens, chunks)
@@ -265,7 +266,7 @@ def bench_model(options: argparse.Namespace) -> Result:
 
 
 def bench_step(options: argparse.Namespace) -> Result:
-    """The rollout's share of a self-resampling step, one process, no sharding."""
+    """Measures the rollout's share of a self-resampling step, in one process, without sharding."""
     settings = ModelSettings(
         dim=256, ffn_dim=1024, heads=4, layers=4, text_dim=64, text_len=64, checkpointing="block"
     )  # fmt: skip
@@ -293,9 +294,9 @@ def bench_step(options: argparse.Namespace) -> Result:
 
 
 def bench_rollout(options: argparse.Namespace) -> Result:
-    """A sharded rollout that gathers parameters once, against one that gathers them in every pass.
+    """Compares a sharded rollout that gathers parameters once with one that gathers them in every pass.
 
-    And the training pass after each. Run it under a launcher.
+    It also times the training pass after each. Run it under a launcher.
     """
     ranks = start_ranks()
     settings = ModelSettings(dim=256, ffn_dim=1024, heads=4, layers=8, text_dim=64, text_len=64)
@@ -373,4 +374,4 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    os._exit(code)  # ranks leave without taking gloo apart, as in rf_train.train
+    os._exit(code)  # ranks exit without tearing down gloo, as in rf_train.train

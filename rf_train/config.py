@@ -1,7 +1,8 @@
-"""Recipes: all settings of a run. Defaults < YAML < `a.b=c` on the command line.
+"""Recipes: all settings of a run. YAML overrides the defaults, and `a.b=c` on the command line overrides both.
 
-Every key is checked: an unknown one is an error that names its dotted path and the nearest right name. The settings of
-the model and of the noise levels stand beside what they configure: `rf_train/model/settings.py`, `rf_train/diffusion/`.
+Every key is checked. An unknown key is an error that names its dotted path and the most similar valid name. The
+settings of the model and of the noise levels are beside what they configure: `rf_train/model/settings.py` and
+`rf_train/diffusion/`.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stretch of training. All stages run in one job, in order."""
+    """One part of a training run, with its own settings. All stages run in one job, in order."""
 
     name: str = "stage"
     steps: int = 1000
@@ -40,7 +41,7 @@ class Stage:
     data: str = ""  # dataset folder; "" = data.train
     batch: int = 64  # clips per step, over all ranks
     lr: float = 5e-5
-    lr_end: float = 0.0  # the rate falls linearly to this by the end of the stage; 0 = it stays
+    lr_end: float = 0.0  # the learning rate falls linearly to this by the end of the stage; 0 = it stays
     warmup: int = 0  # steps of linear learning-rate warm-up at the start of the stage
 
     def validate(self) -> None:
@@ -51,7 +52,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW, with the settings of the paper's neighbours."""
+    """AdamW. The defaults are those of related papers."""
 
     beta1: float = 0.9
     beta2: float = 0.95
@@ -59,8 +60,8 @@ class OptimizerSettings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0  # larger gradients are scaled down to this norm; 0 = never
     ema: float = 0.999  # decay of the weights' average; 0 = none
-    max_skipped: int = 10  # the run stops when so many steps in a row were skipped for a gradient that isn't finite
-    micro_batch: int = 1  # clips per rank and pass; accumulation follows from the stage's batch
+    max_skipped: int = 10  # the run stops after this many steps in a row whose gradient isn't finite
+    micro_batch: int = 1  # clips per replica and micro-step; the number of micro-steps follows from the stage's batch
 
     def validate(self) -> None:
         positive = self.micro_batch >= 1 and self.max_skipped >= 1
@@ -77,12 +78,10 @@ class RunSettings:
     seed: int = 0
     deepspeed: str = "ds_configs/zero3.json"
     sequence_parallel_size: int = 1  # ranks that share each clip; must divide the ranks and the heads
-    gather_for_rollout: bool = (
-        True  # gather all parameters once per rollout; false: again in each pass, for want of memory
-    )
+    gather_for_rollout: bool = True  # gather all parameters once per rollout; false: in each pass, to save memory
     precision: str = "auto"  # bf16 | fp32 | auto: bf16 on a GPU, fp32 on a CPU; masters, gradient sums, EMA are fp32
     save_every: int = 500  # steps; a checkpoint is also made at the end of each stage
-    keep: int = 2  # newest checkpoints that are kept, besides the ends of stages
+    keep: int = 2  # how many of the newest checkpoints are kept, besides those at the ends of stages
     wandb: str = "offline"  # offline | online | disabled
     wandb_project: str = "rf_train"
 
@@ -103,7 +102,7 @@ class StartSettings:
     """Where the weights come from when the run has no checkpoint of its own; random if nothing is set."""
 
     weights: str = ""  # Wan weights: a diffusers WanTransformer3DModel folder, or the original checkpoint
-    run: str = ""  # another run, to go on from its checkpoint: weights, optimizer, average, step
+    run: str = ""  # another run, to continue from its checkpoint: weights, optimizer, average, step
     step: int = 0  # which of its checkpoints; 0 = its newest
 
     def validate(self) -> None:
@@ -113,7 +112,7 @@ class StartSettings:
 
 
 class StageSpan(NamedTuple):
-    """A stage and the steps that it covers: `begin` steps are done before it, `end` after it."""
+    """A stage and its steps: `begin` steps are done before it starts, `end` when it ends."""
 
     stage: Stage
     begin: int
@@ -122,6 +121,8 @@ class StageSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
+    """All settings of a run, one field per section of the YAML file."""
+
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     flow: FlowSettings = field(default_factory=FlowSettings)
@@ -164,7 +165,7 @@ class Recipe:
 
 
 def recipe_path(name: str) -> Path:
-    """A recipe file, or the shipped recipe of that name (`demo`)."""
+    """The recipe file `name`, or else the shipped recipe of that name (`demo`)."""
     if not Path(name).exists():
         for file in (Path(name).name, f"{Path(name).name}.yaml"):
             if (SHIPPED / file).is_file():
@@ -175,7 +176,7 @@ def recipe_path(name: str) -> Path:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe. `overrides` are `dotted.key=value` strings, values in YAML.
 
-    Raises ValueError, in one line that names the file and the key, for anything that isn't right.
+    Raises a one-line ValueError that names the file or the key, for anything that isn't right.
     """
     path = Path(path)
     raw = read_plain(path)
@@ -191,7 +192,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def read_plain(path: Path) -> dict:
-    """A recipe file as plain dicts and lists, unchecked. Raises ValueError for what is no YAML mapping."""
+    """A recipe file as plain dicts and lists, unchecked. Raises ValueError for anything but a YAML mapping."""
     if not path.is_file():
         raise ValueError(f"{path}: no such recipe file")
     try:

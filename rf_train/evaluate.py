@@ -1,7 +1,7 @@
 """Measures how quality holds over long videos:  python -m rf_train.evaluate RUN
 
 Held-out long clips are continued from their first chunks and compared with the truth, segment by segment. A segment is
-as long as a training clip. Written to RUN/evaluation: `evaluation.json`, and the videos, truth beside generated.
+as long as a training clip. It writes `evaluation.json` and the videos, true and generated, to RUN/evaluation.
 """
 
 import argparse
@@ -108,8 +108,8 @@ def solver_distance(
 ) -> dict[str, Tensor]:
     """How far training's history is from the one that a finer solver makes from the same noise.
 
-    Root mean square distances by clip and chunk, each [B, N - 1]. "solver": x~ of `history.solver_steps` Euler steps to
-    x~ of `solver_steps`; "truth" and "truth_fine": each of the two to the clean clip.
+    Root mean square distances per clip and chunk, each [B, N - 1]. "solver": between x~ with `history.solver_steps`
+    Euler steps and x~ with `solver_steps`. "truth" and "truth_fine": between each of the two and the clean clip.
     """
     fine_history = dataclasses.replace(history, solver_steps=solver_steps)
     ours, fine = (make_history(kind, batch, attention, model)[0] for kind in (history, fine_history))
@@ -123,7 +123,7 @@ def solver_distance(
 
 
 def evaluate_history(generator: Generator, dataset: LatentDataset, clips: int, batch: int, seed: int) -> dict | None:
-    """`solver_distance` over the dataset's clips, cut to the trained length, by the last stage's settings.
+    """The mean `solver_distance` over the dataset's clips, cut to the trained length, with the last stage's settings.
 
     None when that length is a single chunk.
     """
@@ -151,7 +151,7 @@ def evaluate_history(generator: Generator, dataset: LatentDataset, clips: int, b
 
 
 def evaluate_run(options: argparse.Namespace) -> dict:
-    """What the command line asks for; the result that stands when it was asked for already."""
+    """Runs the evaluation of the command line, unless its result exists already. Returns the result."""
     generator = open_run(options.run, options.overrides, options.step)
     folder = options.data or generator.recipe.data.evaluation
     if not folder:
@@ -161,14 +161,14 @@ def evaluate_run(options: argparse.Namespace) -> dict:
         if dataset.card[part]["hash"] != generator.card[part]["hash"]:
             trained_on = generator.recipe.data.train
             raise ValueError(
-                f"{folder}: its {part} is not that of the training data; encode it with --{part} of {trained_on}"
+                f"{folder}: its {part} is not that of {trained_on}, the training data; encode it with the same --{part}"
             )
     out = Path(options.run) / "evaluation"
     request = {key: value for key, value in vars(options).items() if key not in ("run", "data")}
     request.update(step=generator.step, data=str(folder))
     path = out / "evaluation.json"
     if path.is_file() and json.loads(path.read_text()).get("request") == request:
-        print(f"{path}: stands already")
+        print(f"{path}: exists already")
     else:
         out.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
@@ -179,7 +179,7 @@ def evaluate_run(options: argparse.Namespace) -> dict:
 
 
 def table(result: dict) -> str:
-    """The metrics by segment, mean and spread over clips, as text."""
+    """The metrics as text, by segment: mean ± standard deviation over clips."""
     heads = [f"{begin:.1f}-{end:.1f} s" for begin, end in result["segments_seconds"]]
     lines = [f"{'step ' + str(result['step']):<18}" + "".join(f"{head:>20}" for head in heads)]
     for name, cells in result["metrics"].items():

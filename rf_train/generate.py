@@ -30,7 +30,7 @@ from rf_train.model.transformer import CausalWan, pad_text
 
 @dataclass
 class Generator:
-    """A trained model with what stands around it: the codec, and the training data's card."""
+    """A trained model with its recipe, its codec, and the card of its training data."""
 
     recipe: Recipe
     model: CausalWan
@@ -85,7 +85,7 @@ class Generator:
 def open_run(run: str | Path, overrides: Sequence[str] = (), step: int = 0, weights: str = "ema") -> Generator:
     """Opens a run: its recipe with `overrides`, the weights of a checkpoint (step 0 = the newest), the codec.
 
-    `weights`: "ema", the average, or "master", the last ones.
+    `weights`: "ema", the average, or "master", the last weights.
     """
     run = Path(run)
     if not (run / "recipe.yaml").is_file():
@@ -126,7 +126,7 @@ def first_frames(generator: Generator, video: str | Path, chunks: int) -> Tensor
         chunks -= 1
     if chunks == 0:
         need = geometry.video_frames(chunking.first)
-        raise ValueError(f"{video}: {len(pixels)} frames at {fps} fps, the first chunk takes {need}")
+        raise ValueError(f"{video}: {len(pixels)} frames at {fps} fps, the first chunk needs {need}")
     kept = geometry.video_frames(chunking.start(chunks))
     return torch.from_numpy(generator.codec.encode(np.stack(pixels[:kept])))[None]
 
@@ -152,7 +152,7 @@ def generate(options: argparse.Namespace) -> str:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raises ValueError for options that can't be meant."""
+    """Raises ValueError for invalid options."""
     if not options.prompt and not options.video:
         raise ValueError("give --prompt TEXT, --video FILE or both")
     if options.seconds <= 0:

@@ -1,7 +1,7 @@
 """What is measured in every training step.
 
-One entry per metric in `METRICS`: its name, how it is summed, how it is drawn. To add one, write an entry here. Summing
-over micro-steps and ranks, `metrics.jsonl`, wandb and the report read the entries.
+Each metric is one entry in `METRICS`: its name, how it is summed, how it is plotted. To add one, write an entry there.
+The sums over micro-steps and ranks, `metrics.jsonl`, wandb and the report need no change.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ Value = float | int | None | list[float | None] | list[int]
 
 @dataclass(frozen=True)
 class MicroStepResult:
-    """What one replica's micro-batch of B clips in N chunks has to tell."""
+    """The result of one replica's micro-batch of B clips in N chunks: what metrics are computed from."""
 
     x: Tensor  # [B, C, F, H, W] the clean clips
     history: Tensor | None  # [B, C, F', H, W] the history that the loss was conditioned on
@@ -42,16 +42,16 @@ class MicroStepResult:
         return self.loss_by_chunk.isfinite().all(dim=1)
 
     def only(self, clips: Tensor) -> "MicroStepResult":
-        """The same of the clips where bool [B] `clips` is true."""
+        """The result of some clips alone: those where `clips`, bool [B], is true."""
         names = ("x", "history", "history_level", "loss_by_chunk", "t")
         tensors = {name: getattr(self, name) for name in names}
         return replace(self, **{name: x[clips] for name, x in tensors.items() if x is not None})
 
 
 class Sums(NamedTuple):
-    """What a micro-batch adds to a metric: totals, and how many values each is of.
+    """What a micro-batch adds to a metric: totals, and the number of values in each.
 
-    Without counts the totals are the metric.
+    The metric is totals / counts. Without counts it is the totals.
     """
 
     totals: Tensor
@@ -60,7 +60,7 @@ class Sums(NamedTuple):
 
 @dataclass(frozen=True)
 class Plot:
-    """How the report draws a metric that is a list."""
+    """How the report plots a metric that is a list."""
 
     title: str
     y: str
@@ -70,9 +70,9 @@ class Plot:
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric.
+    """One metric of the training step.
 
-    `sums` gets the clips whose loss is finite; its totals are fp64: a scalar, or one number per chunk or bin.
+    `sums` gets the clips whose loss is finite. Its totals are fp64: a scalar, or one number per chunk or bin.
     """
 
     name: str
@@ -81,13 +81,13 @@ class Metric:
 
 
 def over_clips(values: Tensor) -> Sums:
-    """For the mean over clips of [B] or [B, N] values."""
+    """The sums for a mean over clips of [B] or [B, N] values."""
     totals = values.double().sum(0)
     return Sums(totals, torch.full_like(totals, len(values)))
 
 
 def by_level(levels: Tensor, values: Tensor) -> Sums:
-    """For the means of values by their noise level, both of the same shape: LEVEL_BINS numbers."""
+    """The sums for means by noise level: LEVEL_BINS numbers. `levels` and `values` have the same shape."""
     bins = (levels.double() * LEVEL_BINS).long().clamp(0, LEVEL_BINS - 1).flatten()
     empty = torch.zeros(LEVEL_BINS, dtype=torch.float64, device=levels.device)
     values = values.double().flatten()
@@ -95,7 +95,7 @@ def by_level(levels: Tensor, values: Tensor) -> Sums:
 
 
 def history_error(result: MicroStepResult) -> Tensor:
-    """[B, N - 1]: root mean square distance of x~ from x by chunk."""
+    """[B, N - 1]: root mean square distance of x~ from x, per chunk."""
     if result.history is None:
         return result.x.new_zeros(len(result.x), 0)
     clean = result.x[:, :, : result.history.shape[2]]
@@ -145,7 +145,7 @@ class StepMetrics:
         self._not_finite: list[str] = []
 
     def add(self, ids: list[str], result: MicroStepResult) -> None:
-        """Adds one micro-batch. Clips whose loss isn't finite are left out of everything but their number and names."""
+        """Adds one micro-batch. Clips whose loss isn't finite are only counted and named."""
         finite = result.finite
         good = finite.sum()
         self._clips = self._clips.to(finite.device) + torch.stack([good, len(ids) - good])
@@ -158,7 +158,7 @@ class StepMetrics:
             self._sums[metric.name] = sums
 
     def reduced(self, sequence_parallel_size: int) -> dict[str, Value]:
-        """The metrics over all ranks, on every rank. What has no clips to be measured on is None."""
+        """The metrics over all ranks, on every rank. A metric without any clip is None. A collective."""
         tensors = [self._clips, *(tensor for sums in self._sums.values() for tensor in sums if tensor is not None)]
         total = sum_over_ranks(torch.cat([tensor.flatten() for tensor in tensors])) / sequence_parallel_size
         clips, *parts = total.split([tensor.numel() for tensor in tensors])

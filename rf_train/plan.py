@@ -1,8 +1,8 @@
-"""What a recipe needs and which settings to take:  python -m rf_train.plan RECIPE [a.b=c ...] --gpus 64
+"""What a recipe needs, and the recommended settings:  python -m rf_train.plan RECIPE [a.b=c ...] --gpus 64
 
-For each stage: memory per GPU, FLOP, bytes over links, the least time of a step (`rf_train.planning`), and the fastest
-settings that fit. With --measure it runs real steps and prints planned and measured peak side by side. Memory is
-printed in GiB (2^30), links in GB (1e9).
+For each stage: memory per GPU, FLOP, bytes over links, a lower bound for the time of a step (`rf_train.planning`), and
+the fastest settings that fit. With --measure it runs real steps, and prints planned and measured peak side by side.
+Memory is printed in GiB (2^30), traffic in GB (1e9).
 """
 
 import argparse
@@ -114,7 +114,7 @@ def check_runs(cases: tuple[StageCase, ...], together: Found) -> None:
 
 
 def report(recipe: Recipe, name: str, clips: list[Clip], cluster: Cluster) -> tuple[list[str], dict]:
-    """The recipe as it is, stage by stage, then the settings to take."""
+    """The recipe as it is, stage by stage, then the recommended settings."""
     cases = stage_cases(recipe, clips, cluster, read_zero(recipe.run.deepspeed))
     together = best(recipe, clips, cluster)
     check_runs(cases, together)
@@ -130,7 +130,7 @@ def report(recipe: Recipe, name: str, clips: list[Clip], cluster: Cluster) -> tu
         lines += text
         stages.append({**figures, "best": found.plain()})
     days = sum(figures["days"] for figures in stages)
-    lines += [f"all stages: {days:.1f} days at least", f"settings to take, with {ROOM:.0%} room"]
+    lines += [f"all stages: {days:.1f} days at least", f"recommended settings, with {ROOM:.0%} room"]
     lines += describe_found("one job", together)
     for case, found in zip(cases, alone):
         lines += describe_found(f"{case.stage.name} alone", found)
@@ -147,7 +147,7 @@ def describe_found(title: str, found: Found) -> list[str]:
 
 
 def markdown(recipe: Recipe, name: str, clips: list[Clip], cluster: Cluster) -> tuple[list[str], dict]:
-    """A Markdown table: for each stage, in a job of its own, the settings to take, and what they cost."""
+    """A Markdown table: for each stage, in a job of its own, the recommended settings and their costs."""
     heads = ["recipe", "GPUs", "stage", "settings", "peak, GiB", "PFLOP per step", "step, s", "days"]
     lines, figures = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"], []
     for stage, found in zip(recipe.stages, best_by_stage(recipe, clips, cluster)):
@@ -170,11 +170,11 @@ def markdown(recipe: Recipe, name: str, clips: list[Clip], cluster: Cluster) -> 
 
 
 def measure(recipe: Recipe, clips: list[Clip]) -> tuple[list[str], dict]:
-    """Planned against measured peak of every stage, on one rank of this machine, in a process of its own.
+    """Compares planned and measured peak of every stage, on one rank of this machine, in a process of its own.
 
-    Steps are real ones, `train.train_step` on random clips, with one micro-step each. On a GPU the peak is what torch
-    allocated. On a CPU it is the growth of resident memory since before the engine was built, once a tiny engine has
-    loaded all code.
+    It runs real steps (`train.train_step`) on random clips, with one micro-step each. On a GPU the peak is what torch
+    allocated. On a CPU it is the growth of resident memory since before the engine was built. A tiny engine runs first,
+    so that all code is loaded by then.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cluster = Cluster(gpus=1, gpus_per_node=1, device=device)
@@ -293,7 +293,7 @@ def cluster_of(options: argparse.Namespace) -> Cluster:
 
 def parser() -> argparse.ArgumentParser:
     usual = Cluster()
-    found = argparse.ArgumentParser(prog="rf_train.plan", description="What a recipe needs and which settings to take.")
+    found = argparse.ArgumentParser(prog="rf_train.plan", description="What a recipe needs, and recommended settings.")
     found.add_argument("recipe", help="a YAML file, or the name of a shipped one")
     found.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")
     found.add_argument("--gpus", type=int, default=usual.gpus)
@@ -304,13 +304,13 @@ def parser() -> argparse.ArgumentParser:
         "between": (usual.between / 1e9, "GB/s", "a GPU's link between nodes, one direction"),
         "host": (usual.host / 1e9, "GB/s", "a GPU's link to host memory"),
         "flops": (usual.flops / 1e12, "TFLOP/s", "dense bf16 peak"),
-        "mfu": (usual.mfu, "SHARE", "share of it that is reached"),
+        "mfu": (usual.mfu, "SHARE", "share of that peak that is reached"),
     }
     for name, (default, unit, text) in numbers.items():
         found.add_argument(f"--{name}", type=float, default=default, metavar=unit, help=text)
-    found.add_argument("--size", default="480x832", help="HEIGHTxWIDTH in pixels of a clip whose dataset isn't there")
+    found.add_argument("--size", default="480x832", help="HEIGHTxWIDTH in pixels, if a dataset doesn't exist")
     found.add_argument("--measure", action="store_true", help="run real steps on this machine and compare")
-    found.add_argument("--markdown", action="store_true", help="a table of the settings to take")
+    found.add_argument("--markdown", action="store_true", help="a table of the recommended settings")
     found.add_argument("--json", action="store_true", help="the same figures as a JSON object, in the last line")
     return found
 

@@ -2,7 +2,7 @@
 
 Loss by stage, quality by segment of the long videos, the runs side by side, and the videos themselves. Written to the
 first run's `report.html`. Plots are inline SVG, videos are inline mp4, and nothing is loaded from outside. With
---picture FILE.png, frames of the videos side by side are written as one picture, too.
+--picture FILE.png it also writes one picture of frames of the videos, side by side.
 """
 
 import argparse
@@ -46,7 +46,7 @@ th:first-child, td:first-child { text-align: left; }
 
 
 class RunRecord:
-    """What a run's folder tells: recipe, metrics and, when it was evaluated, its evaluation."""
+    """The content of a run's folder: recipe, metrics and, if it was evaluated, its evaluation."""
 
     def __init__(self, folder: str, colour: str):
         self.folder, self.colour = Path(folder), colour
@@ -83,7 +83,7 @@ def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    # A dollar sign in a name is no formula.
+    # A dollar sign in a name must not start a formula.
     style = {"svg.fonttype": "none", "svg.hashsalt": "rf_train", "font.size": 9, "text.parse_math": False}
     matplotlib.rcParams.update({**style, "axes.spines.top": False, "axes.spines.right": False})
     figure = Figure(figsize=(width, height))
@@ -91,7 +91,7 @@ def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> 
 
 
 def svg(figure: Any) -> str:
-    """A matplotlib figure as inline SVG, the same for the same figure: fonts are the page's, and it carries no date."""
+    """A matplotlib figure as inline SVG. It uses the page's fonts and has no date, so equal figures give equal text."""
     text = io.StringIO()
     figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :]
@@ -106,7 +106,7 @@ def smooth(values: list[float], width: int) -> np.ndarray:
 
 
 def means(rows: list[list]) -> np.ndarray:
-    """Means by position of rows of numbers, in which None is nothing measured."""
+    """The means over rows, by position. None means not measured."""
     with np.errstate(invalid="ignore"):
         values = np.array(rows, dtype=float)
         return np.nansum(values, axis=0) / np.isfinite(values).sum(axis=0)
@@ -210,7 +210,7 @@ def stage_table(run: RunRecord) -> str:
         part = run.rows_between(begin, end)
         kinds = [stage.name, stage.history.label, describe_attention(stage)]
         if not part:
-            reason = "from the run it starts from" if run.recipe.start.run else "not run yet"
+            reason = "done in the run it starts from" if run.recipe.start.run else "not run yet"
             rows.append([*kinds, f"{begin + 1}-{end}", reason, "", "", ""])
             continue
         tenth = max(1, len(part) // 10)
@@ -279,7 +279,7 @@ def video_tag(path: Path) -> str:
 
 
 def clip_rows(runs: list[RunRecord]) -> list[tuple[str, list[tuple[str, Path]]]]:
-    """For each clip whose video was kept: its caption, and the videos of the truth and of each run, by name."""
+    """For each clip whose video was kept: its caption, and [(name, video)] of the truth and of each run."""
     first, found = runs[0], []
     for position, row in enumerate(first.evaluation["rows"]):
         if "video" not in row:

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: `metrics.jsonl`, a progress bar on rank 0, and wandb."""
+"""What a run writes while it trains: `metrics.jsonl`, a progress bar on rank 0, and wandb."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from rf_train.config import Recipe
 
 
 class RunLog:
-    """Rank 0 writes. On other ranks every call does nothing."""
+    """The log of a run. Only rank 0 writes; on other ranks every call does nothing."""
 
     def __init__(self, recipe: Recipe, first_step: int, rank: int):
         self.active = rank == 0
@@ -41,7 +41,7 @@ class RunLog:
         self.clock = time.perf_counter()
 
     def log(self, step: int, stage: str, clips: int, metrics: dict) -> None:
-        """Metrics of the finished 0-based `step` of `clips` clips: numbers, lists, None for what wasn't measured."""
+        """Writes the metrics of the 0-based `step` of `clips` clips: numbers, lists, None for what wasn't measured."""
         if not self.active:
             return
         now = time.perf_counter()
@@ -90,7 +90,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Removes the rows of steps after `step`, which are about to be done again."""
+    """Removes the rows of steps after `step`, which the run is about to repeat."""
     if path.is_file():
         rows = [row for row in read_rows(path) if row["step"] <= step]
         write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,13 +1,13 @@
 """Typed settings: frozen dataclasses to and from plain dicts, with every key checked.
 
-A setting that comes in kinds (how history is made, which chunks attention reads) is a subclass of `Kind`: a base class,
-and one frozen dataclass per kind. In YAML it is the kind's name, or a mapping with `kind` and the settings of that
-kind:
+Some settings have kinds: how history is made, which chunks attention reads. Such a setting is a subclass of `Kind`, and
+each kind is a frozen dataclass derived from that. In YAML it is the kind's name, or a mapping with `kind` and the
+settings of that kind:
 
     history: clean
     history: {kind: autoregressive, t_shift: 0.6}
 
-A setting that belongs to another kind is unknown, and so an error.
+A setting that belongs to another kind is an error.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ def require(condition: bool, message: str) -> None:
 
 
 class Kind:
-    """Base of a setting that comes in kinds.
+    """Base of all settings that have kinds.
 
-    A direct subclass is the base of one such setting and holds `kinds`, its kinds by name. A subclass of that, written
-    `class Window(Attention, kind="window")`, is one kind.
+    A direct subclass, such as `Attention`, is one such setting; its `kinds` are its kinds by name. A subclass of that,
+    written `class Window(Attention, kind="window")`, is one kind.
     """
 
     kinds: ClassVar[dict[str, type]]
@@ -46,7 +46,7 @@ class Kind:
 def from_plain(cls: type[T], raw: Any, path: str = "") -> T:
     """An instance of the dataclass `cls` from the plain mapping `raw`, checked by its own `validate`.
 
-    `path` is the dotted path of `raw` in the whole; it stands in every error. Raises ValueError in one line.
+    `path` is the dotted path of `raw` in all settings, for errors. Raises a one-line ValueError.
     """
     if raw is None:
         raw = {}
@@ -133,7 +133,7 @@ def _suggestion(key: str, known: typing.Iterable[str], path: str) -> str:
 
 
 def _convert(hint: Any, value: Any, path: str, field: dataclasses.Field | None = None) -> Any:
-    """`value`, as YAML gives it, as the type `hint`."""
+    """Converts `value`, as YAML gives it, to the type `hint`."""
     if isinstance(hint, type) and issubclass(hint, Kind):
         return _kind(hint, value, path, field)
     if dataclasses.is_dataclass(hint):
@@ -156,7 +156,7 @@ def _convert(hint: Any, value: Any, path: str, field: dataclasses.Field | None =
 
 
 def _kind(base: type[Kind], value: Any, path: str, field: dataclasses.Field | None) -> Any:
-    """The kind that `value` names: its name, or a mapping with `kind` (without it, the default's) and its settings."""
+    """The kind that `value` gives: a name, or a mapping with `kind` (if absent, the field's default) and settings."""
     if isinstance(value, str):
         value = {"kind": value}
     if not isinstance(value, dict):

@@ -1,6 +1,6 @@
 """Trains a recipe:  deepspeed --module rf_train.train RECIPE.yaml a.b=c ...
 
-The same command goes on from the run's newest checkpoint. A finished run is left as it is.
+The same command resumes from the run's newest checkpoint. A finished run is left as it is.
 """
 
 import argparse
@@ -47,11 +47,11 @@ from rf_train.weights import WeightFiles
 
 
 class TooManySkippedSteps(RunError):
-    """So many steps in a row had a gradient that isn't finite that the run stops."""
+    """Too many steps in a row were skipped because their gradient isn't finite."""
 
 
 def train(recipe: Recipe) -> None:
-    """Runs all stages of `recipe` that its checkpoints don't hold already. Called on every rank."""
+    """Trains all steps of `recipe` that come after its newest checkpoint. Called on every rank."""
     ranks = start_ranks()
     datasets = open_datasets(recipe)
     check_split(recipe, datasets, ranks)
@@ -70,9 +70,8 @@ def train(recipe: Recipe) -> None:
     dist.barrier()
     log = RunLog(recipe, first, ranks.rank)
     log.print_line(describe(recipe, engine, state, first))
-    skipped: list[
-        list[str]
-    ] = []  # for each of the last steps in a row that were skipped: clips whose loss isn't finite
+    # One entry per skipped step since the last step that wasn't skipped: the clips whose loss isn't finite.
+    skipped: list[list[str]] = []
 
     try:
         for step, batches in steps(recipe, datasets, first, engine.replica, engine.replicas):
@@ -83,7 +82,9 @@ def train(recipe: Recipe) -> None:
             if metrics["skipped"]:
                 skipped.append(not_finite)
                 clips = ", ".join(not_finite) or "none"
-                log.print_line(f"step {step + 1}: skipped, its gradient is not finite; clips with such a loss: {clips}")
+                log.print_line(
+                    f"step {step + 1}: skipped, its gradient is not finite; clips with non-finite loss: {clips}"
+                )
             else:
                 state.update_average()
                 skipped.clear()
@@ -103,8 +104,8 @@ def train(recipe: Recipe) -> None:
 def train_step(engine: Engine, step: int, batches: list[Batch], recipe: Recipe, stage: Stage) -> tuple[dict, list[str]]:
     """One optimizer step over this rank's micro-batches.
 
-    Returns the metrics, and the clips whose loss isn't finite; both of all ranks.
-    When the gradient isn't finite on any rank, the step is skipped on all of them.
+    If the gradient isn't finite on some rank, the step is skipped on all ranks. Returns the metrics over all ranks and,
+    for a skipped step, the ids of the clips whose loss isn't finite, on all ranks.
     """
     device = engine.ranks.device
     check_same_shapes(step, batches)
@@ -127,7 +128,10 @@ def train_step(engine: Engine, step: int, batches: list[Batch], recipe: Recipe, 
 def degraded_history(
     engine: Engine, batch: Batch, recipe: Recipe, stage: Stage, rollout: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """The history of a micro-batch and its noise level. With `rollout` all ranks gather the model to make it."""
+    """Makes the history of a micro-batch, with the model if `rollout`. Returns it and its noise level, [B].
+
+    A rollout is a collective: all ranks have the same `rollout`.
+    """
     if not rollout:
         return make_history(stage.history, batch, stage.attention, None)
     passes = len(stage.history.rollout_passes(batch.chunk_sizes))
@@ -136,7 +140,7 @@ def degraded_history(
 
 
 def check_same_shapes(step: int, batches: list[Batch]) -> None:
-    """Raises ValueError, on every rank, when ranks have batches of other shapes."""
+    """Raises ValueError, on every rank, when ranks have batches of different shapes."""
     names = ("batch", "channels", "latent frames", "latent height", "latent width")
     chunks = len(batches[0].chunk_sizes)
     shape = dict(zip(names, batches[0].x.shape))
@@ -157,7 +161,7 @@ def check_split(recipe: Recipe, datasets: dict[str, LatentDataset], ranks: Ranks
 
 
 def check_model(recipe: Recipe, engine: Engine, datasets: dict[str, LatentDataset]) -> None:
-    """Runs the self-test on the engine's model, at the recipe's chunks and attentions."""
+    """Runs the self-test on the engine's model, with the recipe's chunks and attentions."""
     frames = [datasets[recipe.dataset_of(stage)].clip_frames(stage) for stage in recipe.stages]
     chunks = max(len(engine.chunking.sizes(count)) for count in frames)
     with engine.gathered_parameters(blocks=None if recipe.run.gather_for_rollout else 2) as model:
@@ -165,38 +169,38 @@ def check_model(recipe: Recipe, engine: Engine, datasets: dict[str, LatentDatase
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+    """The time in seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def learning_rate(stage: Stage, step_in_stage: int) -> float:
-    """Rises linearly over the first `warmup` steps; falls linearly to `lr_end` by the stage's end when one is set."""
+    """Rises linearly over the first `warmup` steps; falls linearly to `lr_end` by the stage's end if that is set."""
     end = stage.lr_end or stage.lr
     falling = stage.lr + (end - stage.lr) * step_in_stage / max(1, stage.steps - 1)
     return falling * min(1.0, (step_in_stage + 1) / (stage.warmup + 1))
 
 
 def wants_checkpoint(recipe: Recipe, done: int, skipped: bool) -> bool:
-    """Whether a checkpoint is due after `done` steps. None is made while steps are skipped, but for the last one."""
+    """Whether to save a checkpoint after `done` steps. While steps are skipped, none is saved but at the last step."""
     due = done % recipe.run.save_every == 0 or done in {span.end for span in recipe.stage_spans}
     return due and (not skipped or done == recipe.steps)
 
 
 def skipped_message(recipe: Recipe, step: int, skipped: list[list[str]]) -> str:
-    """What a run says that stops at the 0-based `step`: the clips of the skipped steps, and the newest checkpoint."""
-    clips = ", ".join(sorted({clip for clips in skipped for clip in clips})) or "none, the gradient alone"
-    newest = checkpoint.latest(Path(recipe.run.out)) or "not there yet"
+    """The error of a run that stops at the 0-based `step`: clips of the skipped steps, and the newest checkpoint."""
+    clips = ", ".join(sorted({clip for clips in skipped for clip in clips})) or "none, only the gradient"
+    newest = checkpoint.latest(Path(recipe.run.out)) or "none"
     return (
-        f"step {step + 1}: {len(skipped)} steps in a row had a gradient that is not finite and were skipped; "
-        f"nothing was saved over them. Clips whose loss was not finite: {clips}. The newest checkpoint is {newest}; "
-        "look at these clips, or go on from it with a lower learning rate"
+        f"step {step + 1}: {len(skipped)} steps in a row were skipped, because their gradient is not finite; "
+        f"no checkpoint was saved meanwhile. Clips whose loss is not finite: {clips}. Newest checkpoint: {newest}. "
+        "Look at these clips, or resume with a lower learning rate"
     )
 
 
 def restore(recipe: Recipe, state: TrainingState) -> int:
-    """Loads the run's newest checkpoint, or what it starts from. Returns the number of steps already done."""
+    """Loads the run's newest checkpoint, or else what `start` names. Returns the number of steps already done."""
     folder = checkpoint.latest(Path(recipe.run.out))
     if folder is None and recipe.start.run:
         folder = checkpoint.at_step(Path(recipe.start.run), recipe.start.step)
@@ -229,22 +233,25 @@ def write_recipe(recipe: Recipe) -> None:
 
 
 def recipe_changes(path: Path, new: dict) -> list[tuple[str, object, object]]:
-    """What differs from the recipe in `path`. A setting that it lacks had its default then."""
+    """(dotted path, old value, new value) of what differs from the recipe in `path`.
+
+    A setting that is missing in the file had its default.
+    """
     old = config.read_plain(path)
     try:
         old = config.to_dict(config.from_dict(old))
-    except ValueError as error:  # another version's
+    except ValueError as error:  # written by another version
         print(f"{path} was written by another version ({error})", file=sys.stderr)
         return []
     return differences(old, new)
 
 
 def describe(recipe: Recipe, engine: Engine, state: TrainingState, first: int) -> str:
-    """The lines that a run begins with."""
+    """The lines that a run prints at its start."""
     ranks = engine.ranks
     total = sum(math.prod(shape) for shape in state.shapes.values())
     own = sum(fragment.master.numel() for fragment in state.local_fragments.values())
-    start = f"going on after step {first}" if first else "from the start"
+    start = f"resuming after step {first}" if first else "from the start"
     stages = [
         f"{stage.name} ({stage.history.kind}, {stage.attention.kind}, {stage.steps} steps of {stage.batch})"
         for stage in recipe.stages
@@ -263,7 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     rank = int(os.environ.get("RANK", 0))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed's calls, one line each
+    # DeepSpeed's own calls cause one such line each.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
         recipe = config.load(config.recipe_path(options.recipe), options.overrides)
@@ -283,9 +290,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def print_error(error: Exception, rank: int) -> None:
-    """Prints one line.
+    """Prints an error in one line.
 
-    An error that all ranks share is told by rank 0; the others wait for that, and may be ended meanwhile.
+    Rank 0 prints an error that all ranks share. The others wait for it first, and the launcher may end them meanwhile.
     """
     if rank and not isinstance(error, (PeerLost, RolloutMismatch)):
         time.sleep(5)
@@ -296,5 +303,5 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # All is saved and closed. gloo's threads now and then abort a process that takes itself apart.
+    # All is saved and closed. A normal exit would sometimes abort in gloo's threads.
     os._exit(code)

@@ -39,7 +39,7 @@ def colour_histogram(frames: np.ndarray, levels: int = 5) -> np.ndarray:
     pixels = pixels[:: max(1, len(pixels) // 200_000)]  # enough of large pictures
     position = pixels.T.astype(np.float32) * ((levels - 1) / 255)
     low = np.minimum(position.astype(np.int32), levels - 2)
-    upper = position - low  # the share of the upper level, by channel
+    upper = position - low  # the share of the upper level, per channel
     shares = np.zeros(levels**3)
     for r, g, b in np.ndindex(2, 2, 2):
         weight = np.prod([u if bit else 1 - u for u, bit in zip(upper, (r, g, b))], axis=0)
@@ -56,7 +56,7 @@ def colour_distance(pair: SegmentPair) -> float:
 def gradient(frames: np.ndarray) -> float:
     """Root mean square difference between neighbouring pixels.
 
-    (The mean absolute difference doesn't see blur: an edge keeps its total rise.)
+    The mean absolute difference would not show blur, because a blurred edge keeps its total rise.
     """
     x = frames.astype(np.float32)
     return float(np.sqrt((np.diff(x, axis=1) ** 2).mean() + (np.diff(x, axis=2) ** 2).mean()))
@@ -77,8 +77,8 @@ VIDEO_METRICS = (
     VideoMetric(
         "colour_distance",
         "lower",
-        "Hellinger distance between the colour histograms of the segment, generated and true: colours and areas, "
-        "wherever they are",
+        "Hellinger distance between the colour histograms of the segment, generated and true: compares colours and "
+        "their areas, not positions",
         colour_distance,
     ),
     VideoMetric(
@@ -96,15 +96,15 @@ VIDEO_METRICS = (
     VideoMetric(
         "psnr",
         "higher",
-        "dB against the true continuation, frame by frame: falls as positions part, even where the world is kept; "
-        "an empty picture can score better than one with shapes in other places",
+        "dB against the true continuation, frame by frame: falls as soon as positions differ, even if all shapes are "
+        "kept; an empty picture can score better than one with shapes in other places",
         psnr,
     ),
     VideoMetric(
         "latent_mse",
         "lower",
         "mean squared distance of latents from the true continuation; like psnr, "
-        "it prefers nothing to something elsewhere",
+        "it prefers an empty picture to shapes in other places",
         lambda pair: float(((pair.latent_made - pair.latent_true) ** 2).mean()),
     ),
 )

@@ -1,7 +1,7 @@
-"""Wan checkpoints in and out, slice by slice: no process ever holds a whole model.
+"""Reads and writes Wan checkpoints slice by slice: no process ever holds a whole model.
 
-Read: a diffusers `WanTransformer3DModel` folder, or the original Wan checkpoint; one safetensors file, or several with
-an index. Written: the diffusers format, with  python -m rf_train.weights RUN OUT
+It reads a diffusers `WanTransformer3DModel` folder, or the original Wan checkpoint: one safetensors file, or several
+with an index. It writes the diffusers format:  python -m rf_train.weights RUN OUT
 """
 
 import argparse
@@ -63,7 +63,7 @@ class StoredTensor(NamedTuple):
 class WeightFiles:
     """The tensors of a checkpoint folder (or of one .safetensors file), by diffusers name, read on demand.
 
-    Raises ValueError, in one line, for anything that isn't a whole safetensors checkpoint.
+    Raises a one-line ValueError for anything that isn't a complete safetensors checkpoint.
     """
 
     def __init__(self, folder: str | Path):
@@ -109,7 +109,7 @@ class WeightFiles:
         return [self.folder / name for name in listed]
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Raises ValueError that names every tensor that is missing, extra or misshapen, all of them at once."""
+        """Raises one ValueError that names all tensors that are missing, extra or of another shape."""
         stored = {name: tensor.shape for name, tensor in self.tensors.items()}
         wrong = checkpoint.shape_differences(stored, shapes)
         if wrong:
@@ -137,7 +137,7 @@ class WeightFiles:
 def load_weights(model: nn.Module, folder: str | Path) -> None:
     """Fills a plain model from a checkpoint folder, one tensor at a time.
 
-    For an engine: `TrainingState.load_weights`.
+    For an engine, use `TrainingState.load_weights`.
     """
     files = WeightFiles(folder)
     parameters = dict(model.named_parameters())
@@ -178,7 +178,8 @@ def export(
 ) -> Path:
     """Writes a run's checkpoint as a diffusers folder, in files of at most `shard_bytes`.
 
-    `out` appears when it is whole.
+    `kind` is "ema", the average, or "master", the last weights. `out` appears only when it is complete. Raises
+    ValueError if it exists already, or if `run` has no such checkpoint.
     """
     run, out = Path(run), Path(out)
     if out.exists():
@@ -229,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", help="the folder to write")
     parser.add_argument("--step", type=int, default=0, help="the checkpoint's step (default: the newest)")
     parser.add_argument(
-        "--weights", choices=("ema", "master"), default="ema", help="the average (default) or the last ones"
+        "--weights", choices=("ema", "master"), default="ema", help="the average (default) or the last weights"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options = parser.parse_args(arguments)

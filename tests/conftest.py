@@ -106,7 +106,7 @@ def write_dataset(
     folder: Path, count: int = 12, frames: int = 9, settings: ModelSettings | None = None, height: int = 4,
     width: int = 6, seed: int = 0,
 ) -> Path:  # fmt: skip
-    """A dataset folder of random latents, written with the real writer. Frames have to do with one another."""
+    """A dataset folder of random latents, written with the real writer. Neighbouring frames are correlated."""
     settings = settings or tiny_settings()
     stream = np.random.default_rng(seed)
     folder.mkdir(parents=True)

@@ -1,7 +1,7 @@
 """Runs a function on several ranks (gloo, CPU): each a process that reports back through a file.
 
-Processes are forked from one server that has imported torch and DeepSpeed already, so a rank starts in a moment. On a
-machine with a GPU, where a fork could meet a started CUDA, they are started afresh.
+Processes are forked from one server that has already imported torch and DeepSpeed, so a rank starts fast. On a machine
+with a GPU they are spawned instead, because a fork fails once CUDA is initialised.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ if Path("/dev/nvidiactl").exists():
     _processes = multiprocessing.get_context("spawn")
 else:
     _processes = multiprocessing.get_context("forkserver")
-    # What an engine imports when it is built, too: that takes each rank two seconds.
+    # Also what an engine imports when it is built: this takes two seconds per rank.
     late = ["torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"]
     _processes.set_forkserver_preload(["deepspeed", "rf_train.train", "rf_train.plan", *late])
 
@@ -33,8 +33,8 @@ else:
 def run_distributed(function: Callable, world_size: int, timeout: float = 240, **arguments) -> list:
     """Calls `function` (of a test module) with JSON `arguments` on `world_size` ranks.
 
-    Returns what each rank returned. Raises AssertionError with the output of every rank when one fails, and when they
-    don't end in `timeout` seconds: then with the place where each stands, too.
+    Returns what each rank returned. Raises an AssertionError with the output of every rank when one fails, or when they
+    don't end in `timeout` seconds. Then the error also has the stack of each rank.
     """
     for attempt in range(3):
         try:
@@ -131,4 +131,4 @@ def _rank_main(module: str, function: str, arguments: str, environment: dict[str
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # gloo's threads, held by DeepSpeed's objects, now and then abort the process on its way out
+    os._exit(code)  # a normal exit would sometimes abort in gloo's threads, which DeepSpeed's objects hold

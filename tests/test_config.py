@@ -136,7 +136,7 @@ def test_a_setting_of_another_kind_is_refused_in_one_line(recipe_file, override,
 
 
 def saved_recipe(folder, **without) -> tuple:
-    """A run's recipe file, in which the settings `without` ({section: name}) are not there; and its whole settings."""
+    """A run's recipe file that lacks the settings `without` ({section: name}), and all settings of the run."""
     whole = {"run": {"out": str(folder)}, "stages": [{"name": "a", "history": "noise"}, {"name": "b"}]}
     whole = config.to_dict(config.from_dict(whole))
     sections = {name: dict(settings) for name, settings in whole.items() if isinstance(settings, dict)}

@@ -1,6 +1,6 @@
 """The README's path as a user walks it: videos, datasets, training on two ranks, generation, evaluation, report.
 
-Every command is run at least once through its real command line, in a folder far from the project. Where a process of
+Every command is run at least once through its real command line, in a folder outside the project. Where a process of
 its own is not the point, a command's `main` is called here.
 """
 
@@ -156,7 +156,7 @@ def test_evaluation_and_the_report(walked):
     result = json.loads((here / "runs/r/evaluation/evaluation.json").read_text())
     assert result["clips"] == 2 and list(result["metrics"]) == [metric.name for metric in VIDEO_METRICS]
     assert len(result["metrics"]["psnr"]) == 2
-    assert "stands already" in succeed_here("rf_train.evaluate", "runs/r", *EVALUATION, folder=here)
+    assert "exists already" in succeed_here("rf_train.evaluate", "runs/r", *EVALUATION, folder=here)
     succeed("rf_train.report", "runs/r", "runs/r", folder=here)
     page = (here / "runs/r/report.html").read_text()
     assert page.count("<video") == 6 and page.count("data:video/mp4;base64,") == 6 and page.count("<svg") == 3
@@ -199,7 +199,7 @@ def test_from_wan_weights_through_wans_codec_and_umt5_and_back_to_diffusers(wan_
     before, after = wan.state_dict(), diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "out").state_dict()
     assert before.keys() == after.keys()
     moved = max((after[name] - before[name]).abs().max().item() for name in before)
-    assert 0 < moved < 1e-3  # four steps of at most 5e-5 an element
+    assert 0 < moved < 1e-3  # four steps of at most 5e-5 per element
 
 
 # ---- bad input

@@ -180,7 +180,7 @@ def test_a_result_is_taken_from_the_batch_and_its_loss():
 
 
 def measure_on_this_rank(clips: list[int]) -> dict:
-    """What a step makes on this rank of its micro-batch, of which the second rank's first clip is broken."""
+    """The metrics of a step on this rank. The first clip of the second rank is broken."""
     rank = start_ranks().rank
     metrics, result = StepMetrics(), random_result(clips[rank], seed=rank)
     metrics.add([f"{rank}-{row}" for row in range(clips[rank])], broken(result, 0, float("nan")) if rank else result)

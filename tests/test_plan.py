@@ -32,7 +32,7 @@ def test_the_command_prints_settings_that_run_and_fit(tmp_path, capsys):
     usual = ["--gpus", "8", "--size", "64x64", "--gpu-memory", "0.5", "--json"]
     assert plan.main([path, *usual]) == 0
     lines, figures = printed(capsys)
-    assert any("settings to take" in line for line in lines)
+    assert any("recommended settings" in line for line in lines)
     assert [stage["stage"] for stage in figures["stages"]] == ["warm", "self"]
     assert plan.main([path, *figures["best"]["overrides"], *usual]) == 0
     _, again = printed(capsys)
@@ -48,7 +48,7 @@ def test_without_settings_that_fit_the_smallest_need_is_told(tmp_path, capsys):
 
 
 def test_the_markdown_table_has_a_row_per_stage(tmp_path, capsys):
-    """With what --json says: the settings to take for each stage in a job of its own."""
+    """And --json has the same: the recommended settings for each stage in a job of its own."""
     usual = ["--gpus", "8", "--size", "64x64", "--json"]
     assert plan.main([recipe_file(tmp_path), "--markdown", *usual]) == 0
     (heads, rule, *rows), figures = printed(capsys)

@@ -1,4 +1,4 @@
-"""What the tests' own launcher tells when ranks fail or hang."""
+"""What the tests' own launcher reports when ranks fail or hang."""
 
 import os
 import time

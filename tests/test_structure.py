@@ -1,4 +1,4 @@
-"""The structure of the code: no import circle, nothing imports upward, and one door to DeepSpeed."""
+"""The structure of the code: no import cycle, nothing imports upward, and only the engine imports DeepSpeed."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -8,7 +8,7 @@ import pytest
 
 from tests.distributed import PROJECT
 
-# From the lowest to the highest. A module may import what stands in its own row, or in a lower one.
+# From the lowest to the highest. A module may import from its own row, or from a lower one.
 LAYERS = (
     ("data_prep",),
     ("rf_train.settings",),

@@ -100,7 +100,7 @@ def cut(batch: Batch, frames: int) -> Batch:
 
 
 def disagree_on_this_rank(recipe: dict, changed: dict, frames: int) -> str:
-    """Trains with other settings on rank 1, and with clips that are cut to `frames` there; the error."""
+    """Trains with other settings on rank 1, and with clips cut to `frames` there. Returns the error."""
     if os.environ["RANK"] == "1":
         recipe = {**recipe, **{section: {**recipe[section], **values} for section, values in changed.items()}}
         steps = train.steps
@@ -133,7 +133,7 @@ def test_ranks_that_disagree_stop_at_once(plain_run, tmp_path, gather):
 
 
 def train_on_a_node_of_its_own(recipe: dict, files: dict) -> str:
-    """Trains where rank 1 finds other files under the same names; the error."""
+    """Trains, while rank 1 finds other files under the same names. Returns the error."""
     if os.environ["RANK"] == "1":
         find, dataset = deepspeed_json.find_file, batches.LatentDataset
         deepspeed_json.find_file = lambda path: find(files.get(path, path))

@@ -1,8 +1,8 @@
 """The micro-batches of every step.
 
-A step's clips are cut into micro-steps: what all ranks compute at once. In each, every replica (the ranks that share
-clips; one rank without sequence parallelism) has one micro-batch. The clips of a step are a function of (seed, step)
-and the recipe alone: the same with any number of replicas, and after any resume.
+The clips of a step are split over micro-steps. In each micro-step, every replica has one micro-batch. (A replica is the
+ranks that share clips: one rank without sequence parallelism.) The clips of a step depend only on (seed, step) and the
+recipe. So they are the same with any number of replicas, and after any resume.
 """
 
 from collections.abc import Iterator
@@ -76,7 +76,7 @@ def _read_batch(
 def steps(
     recipe: Recipe, datasets: dict[str, LatentDataset], first: int, replica: int, replicas: int
 ) -> Iterator[tuple[int, list[Batch]]]:
-    """(step, its micro-batches) from step `first` to the recipe's end.
+    """Yields (step, its micro-batches) from step `first` to the recipe's end.
 
     The next step is read while this one is computed.
     """

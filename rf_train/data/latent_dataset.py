@@ -52,7 +52,7 @@ class LatentDataset:
         return self.sample_index[index][1]
 
     def summary(self) -> dict:
-        """What must be the same on every rank: the number of samples, and a hash of what the card says of them."""
+        """What must be the same on every rank: the number of samples, and a hash of what the card says about them."""
         parts = json.dumps(
             [self.card[key] for key in ("codec", "latent", "text", "empty_caption", "shards")], sort_keys=True
         )
@@ -104,7 +104,7 @@ def clip_frames(card: dict, stage: Stage, folder: str | Path) -> int:
 
 
 def check_card(card: dict, model: ModelSettings, folder: str | Path) -> None:
-    """Raises ValueError that lists every way in which a dataset's card doesn't fit the model."""
+    """Raises a ValueError that lists every way in which a dataset's card doesn't fit the model."""
     latent, text, wrong = card["latent"], card["text"], []
     if latent["channels"] != model.channels:
         wrong.append(f"its latents have {latent['channels']} channels, model.channels is {model.channels}")

@@ -12,10 +12,10 @@ class Batch:
 
     ids: list[str]  # sample and epoch, such as "000012_0001@3"
     x: Tensor  # [B, C, F, H, W] fp32, the clean latents
-    text: Tensor  # [B, text_len, text_dim] fp32, zero-padded; dropped captions are the empty one already
+    text: Tensor  # [B, text_len, text_dim] fp32, zero-padded; dropped captions are already replaced by the empty one
     draws: dict[str, Tensor]  # random numbers by purpose, see `randomness.make_draws`
     chunk_sizes: list[int]  # N numbers: latent frames of each chunk
-    present: Tensor | None = None  # bool [B, F]: which latent frames are there; None: all of them
+    present: Tensor | None = None  # bool [B, F]: which latent frames exist; None: all of them
 
     @property
     def history_frames(self) -> int:

@@ -16,14 +16,14 @@ DISTRIBUTIONS = ("logit_normal", "uniform")
 
 @dataclass(frozen=True)
 class FlowSettings:
-    """Noise levels of training (one t per chunk), and of sampling: the section `flow` of a recipe."""
+    """The section `flow` of a recipe: noise levels of training (one t per chunk), captions, and sampling."""
 
     t_distribution: str = "logit_normal"  # or "uniform"
     t_shift: float = 5.0  # timestep shift of training's t
     caption_dropout: float = 0.1  # share of captions that are replaced by the empty one
     sampling_steps: int = 32  # Euler steps per chunk
-    sampling_shift: float = 5.0
-    guidance: float = 5.0
+    sampling_shift: float = 5.0  # timestep shift of the sampler's noise levels
+    guidance: float = 5.0  # weight of classifier-free guidance; 1 = none
 
     def validate(self) -> None:
         known = self.t_distribution in DISTRIBUTIONS
@@ -88,9 +88,9 @@ def spread_over_frames(by_chunk: Tensor, sizes: list[int]) -> Tensor:
 
 
 def mean_by_chunk(by_frame: Tensor, sizes: list[int], present: Tensor | None = None) -> Tensor:
-    """[B, F] -> [B, N]: the mean over each chunk's frames. So each chunk weighs the same, a short one too.
+    """[B, F] -> [B, N]: the mean over each chunk's frames. So a short chunk has the same weight as a full one.
 
-    `present`, bool [B, F], leaves out frames that are missing. A chunk without any frame is 0.
+    `present`, bool [B, F], leaves out frames that are missing. A chunk without any frame gives 0.
     """
     if present is None:
         return torch.stack([part.mean(dim=1) for part in by_frame.split(sizes, dim=1)], dim=1)

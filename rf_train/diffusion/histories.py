@@ -1,7 +1,7 @@
 """The ways to make the history of a training pass, without gradient.
 
-One class per way: its settings, checks, numbers and cost.
-To add one, write a class here: training, planning, metrics, report and tests find it through `History.kinds`.
+Each way is one class, with its settings, checks, random numbers and passes. To add one, write a class here: training,
+planning, metrics, report and tests find it through `History.kinds`.
 """
 
 import itertools
@@ -25,9 +25,9 @@ from rf_train.settings import Kind, require
 class History(Kind, ABC):
     """A way to make the history x~ of chunks 1 .. N - 1. Nothing reads x~ of the last chunk, so it isn't made."""
 
-    label: ClassVar[str]  # what people read
+    label: ClassVar[str]  # its name in the report
     draws: ClassVar[Mapping[str, Draw]] = {}  # the random numbers that it reads, by purpose
-    is_the_clip: ClassVar[bool] = False  # whether x~ is the clip itself, and takes no memory
+    is_the_clip: ClassVar[bool] = False  # whether x~ is a view of the clip, which takes no memory
 
     def level(self, batch: Batch) -> Tensor:
         """The noise level that each clip's history is made from: [B]. 0: without noise."""
@@ -35,7 +35,7 @@ class History(Kind, ABC):
 
     @abstractmethod
     def make(self, batch: Batch, level: Tensor, attention: Attention, model: VelocityModel | None) -> Tensor:
-        """x~ [B, C, F', H, W], F' = `batch.history_frames`. `model` is there when `needs_rollout` said so on any rank.
+        """x~ [B, C, F', H, W], F' = `batch.history_frames`. `model` is None unless some rank needs the rollout.
 
         A rollout must make exactly the passes of `rollout_passes`, on every rank: under ZeRO-3 each pass is a
         collective.
@@ -50,7 +50,7 @@ class History(Kind, ABC):
         return bool(self.rollout_passes(batch.chunk_sizes))
 
     def rollout_probability(self, clips: int) -> float:
-        """How probable it is that one of `clips` clips needs the rollout."""
+        """The probability that at least one of `clips` clips needs the rollout."""
         return 1.0
 
 
@@ -92,7 +92,7 @@ class Noise(History, kind="noise"):
 
 @dataclass(frozen=True)
 class Resampled(History):
-    """Base of the histories that the model itself completes from a noise level t_s (eq. 5-7)."""
+    """Base of the histories that the model itself denoises, from a noise level t_s (eq. 5-7)."""
 
     t_shift: float = 0.6  # timestep shift of t_s
     solver_steps: int = 1  # Euler steps from t_s to 0
@@ -137,8 +137,8 @@ class Parallel(Resampled, kind="parallel"):
 class Autoregressive(Resampled, kind="autoregressive"):
     """Self-resampling (eq. 7, Algorithm 1): chunk after chunk, each conditioned on the resampled ones before it.
 
-    The pass that denoises a chunk also writes the keys and values of the chunk before. So N - 1 chunks take N - 1
-    passes with one solver step, not 2 (N - 1), and the last chunk made is never written.
+    The first pass of a chunk also writes the keys and values of the chunk before it. So with one solver step, N - 1
+    chunks take N - 1 passes, not 2 (N - 1). The keys and values of the last one are never written.
     """
 
     label = "self-resampling"
@@ -189,7 +189,7 @@ class Mixed(Autoregressive, kind="mixed"):
     def make(self, batch: Batch, level: Tensor, attention: Attention, model: VelocityModel | None) -> Tensor:
         if model is None:
             return batch.x[:, :, : batch.history_frames]
-        return super().make(batch, level, attention, model)  # from level 0 comes the truth itself
+        return super().make(batch, level, attention, model)  # level 0 gives the truth itself
 
     def _resampled(self, batch: Batch) -> Tensor:
         """bool [B]: the clips whose history is resampled."""

@@ -1,7 +1,7 @@
 """Every random number of a step, from (seed, step, sample id, purpose) and nothing else.
 
-So the same run comes out at any world size, with any micro-batch, and after a resume; and one sample's step can be
-replayed alone. Numbers come from NumPy's Philox counter generator on the CPU, keyed by a SHA-256 of the four.
+So they are the same at any world size, with any micro-batch, and after a resume. One sample's step can be replayed
+alone. Numbers come from NumPy's Philox counter generator on the CPU, keyed by a SHA-256 of these four values.
 """
 
 import hashlib
@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 class Draw(NamedTuple):
-    """A kind of random number that a step reads: its distribution, and what there is one number per."""
+    """Random numbers that a step reads: their distribution, and whether there is one per latent, chunk or clip."""
 
     distribution: Literal["normal", "uniform"]
-    per: Literal["latent", "chunk", "clip"]
+    per: Literal["latent", "chunk", "clip"]  # "latent": one per value of the clip's latent
 
 
 # What the loss and the captions read. A history names its own draws. The key is the purpose.

@@ -1,4 +1,4 @@
-"""Chunk by chunk through a K/V cache: the step that rollout and generation share, and generation."""
+"""Denoising chunk by chunk with a K/V cache (`denoise_chunk`, which rollouts use too), and generation with it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from rf_train.model.transformer import VelocityModel
 
 @dataclass(frozen=True)
 class Branch:
-    """One condition of a guided velocity: captions [B, text_len, text_dim], their weight, a cache of their own."""
+    """One term of a guided velocity: captions [B, text_len, text_dim], their weight, and their own K/V cache."""
 
     text: Tensor
     weight: float
@@ -35,9 +35,9 @@ def denoise_chunk(
 ) -> Tensor:
     """Integrates dx/dt = v from levels[0] to levels[-1] for chunk `index`, conditioned on the cached chunks.
 
-    x [B, C, f, H, W] at levels[0]; each level is [B]. `newest` is the chunk before this one, clean and not yet in the
-    caches: the first pass also writes its keys and values. That saves one pass per chunk. The velocity is the branches'
-    weighted sum.
+    x [B, C, f, H, W] is at levels[0]; each level is [B]. `newest` is the chunk before this one, clean and not yet in
+    the caches. The first pass also writes its keys and values, which saves one pass per chunk. The velocity is the
+    weighted sum over branches. Returns the chunk at levels[-1].
     """
     frames = x.shape[2]
     for step, (t, t_next) in enumerate(pairwise(level[:, None].expand(-1, frames) for level in levels)):
@@ -76,8 +76,8 @@ def sample_chunks(
 ) -> Iterator[Tensor]:
     """Yields the videos chunk by chunk, each [B, C, f, H, W] in fp32; the given chunks come first.
 
-    The noise of chunk i of a video is a function of (seed, i) alone, so a longer video begins as a shorter one does.
-    The velocity is v_empty + guidance (v_text - v_empty). With guidance 1 the empty branch isn't run.
+    The noise of chunk i of a video depends only on (seed, i), so a longer video begins like a shorter one. The velocity
+    is v_empty + guidance (v_text - v_empty). With guidance 1 the empty branch isn't run.
     """
     sizes = model.chunking.sizes(request.frames)
     given = _given_chunks(model, request, sizes)
@@ -92,7 +92,7 @@ def sample_chunks(
     schedule = flow_matching.schedule(flow.sampling_steps, flow.sampling_shift).to(device).float()
     levels = [level.expand(batch) for level in schedule]
 
-    newest = None  # the last chunk made, not yet in the caches
+    newest = None  # the newest chunk, not yet in the caches
     for index, frames in enumerate(sizes):
         if index < len(given):
             if newest is not None:

@@ -5,10 +5,11 @@
         manifest.json            step, world size, parameter shapes, size and sha256 of every file
     RUN/latest                                             the name of the newest whole checkpoint
 
-Under ZeRO-3, slice r of W of a parameter is elements [r n, (r + 1) n) of it flattened, n = ceil(numel / W), the last
-one padded. Under ZeRO-2 a rank holds whole parameters or pieces of them, and the manifest says where each begins. So
-any number of ranks and either stage can read what another wrote, and no rank ever holds more than one whole parameter.
-A checkpoint is made in a folder of another name, which is renamed when all of it is on disk; `latest` moves last.
+Under ZeRO-3, rank r of W holds elements [r n, (r + 1) n) of each flattened parameter, n = ceil(numel / W); the last
+slice is padded. Under ZeRO-2 a rank holds whole parameters or pieces of them, and the manifest says where each begins.
+So a checkpoint can be read by any number of ranks and under either stage. No rank ever holds more than one whole
+parameter. A checkpoint is written into a folder of another name, and renamed when all of it is on disk. `latest` is
+updated last.
 """
 
 import json
@@ -33,9 +34,9 @@ _MANIFEST_KEYS = {"step", "world_size", "optimizer_steps", "average_steps", "sha
 
 
 class TrainingState:
-    """What a run must keep of an engine, as this rank has it: fragments by parameter name, and the average (EMA).
+    """The state of a run on this rank: the engine's fragments by parameter name, and the average (EMA).
 
-    The average is kept on each rank's own fragments: no communication, exact.
+    Each rank averages its own fragments. That is exact, and needs no communication.
     """
 
     def __init__(self, engine: Engine, ema_decay: float):
@@ -67,7 +68,7 @@ class TrainingState:
         }
 
     def begins(self) -> dict[str, int] | None:
-        """Where this rank's fragments begin in their parameters. None under ZeRO-3, whose slices are equal."""
+        """Where this rank's fragments begin in their parameters. None under ZeRO-3, where all slices are equal."""
         if self.engine.zero_stage == 3:
             return None
         return {name: fragment.begin for name, fragment in self.local_fragments.items()}
@@ -79,7 +80,10 @@ class TrainingState:
 
     @torch.no_grad()
     def load(self, folder: Path, manifest: dict) -> None:
-        """Takes this rank's fragments from a checkpoint, written by any number of ranks under either ZeRO stage."""
+        """Loads this rank's fragments from a checkpoint that any number of ranks wrote, under either ZeRO stage.
+
+        Raises ValueError when the checkpoint's shapes are not the model's.
+        """
         wrong = shape_differences(manifest["shapes"], self.shapes)
         if wrong:
             raise ValueError(f"{folder}: the checkpoint is of another model: {wrong}")
@@ -97,16 +101,16 @@ class TrainingState:
 
     @torch.no_grad()
     def load_weights(self, read_flat: Callable[[str, int, int], Tensor], read_whole: Callable[[str], Tensor]) -> None:
-        """Takes this rank's fragments of weights, in fp32, from (name, begin, end) and name.
+        """Loads this rank's fragments of the weights, in fp32. The average starts from them, too.
 
-        The average starts there too.
+        `read_flat(name, begin, end)` gives a slice of a flattened parameter, `read_whole(name)` a whole one.
         """
         for tensors in (self.by_kind()["master"], self.ema):
             self._fill(tensors, read_flat)
         self.engine.copy_masters_to_weights(self.local_fragments, read_whole)
 
     def _fill(self, tensors: dict[str, Tensor], read_flat: Callable[[str, int, int], Tensor]) -> None:
-        """Fills fragments from `read_flat(name, begin, end)`. What lies past a parameter's end is padding, and 0."""
+        """Fills fragments from `read_flat(name, begin, end)`. Elements past a parameter's end are padding: 0."""
         for name, tensor in tensors.items():
             total, begin = math.prod(self.shapes[name]), self.local_fragments[name].begin
             found = read_flat(name, min(begin, total), min(begin + tensor.numel(), total))
@@ -114,7 +118,7 @@ class TrainingState:
 
 
 class CheckpointReader:
-    """Reads slices of parameters from a checkpoint, whatever number of ranks wrote it."""
+    """Reads slices of parameters from a checkpoint that any number of ranks wrote."""
 
     def __init__(self, folder: Path, manifest: dict):
         self.shapes, self.world_size = manifest["shapes"], manifest["world_size"]
@@ -153,7 +157,7 @@ class CheckpointReader:
 
 
 def shape_differences(theirs: dict, ours: dict) -> str:
-    """All that differs between two {name: shape}, in one line; "" when nothing does."""
+    """All differences between two {name: shape}, in one line; "" without any."""
     found = [f"{name} is missing" for name in ours if name not in theirs]
     found += [f"{name} is not in the model" for name in theirs if name not in ours]
     for name, shape in ours.items():
@@ -166,7 +170,7 @@ def shape_differences(theirs: dict, ours: dict) -> str:
 
 
 def save(run: Path, step: int, state: TrainingState) -> Path:
-    """Writes the checkpoint of `step`, on all ranks together. Nothing reads it before all of it is on disk."""
+    """Writes the checkpoint of `step`. A collective. The checkpoint has its name only when all of it is on disk."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     final = folder_of_step(run, step)
     making = final.with_name(final.name + ".making")
@@ -203,7 +207,8 @@ def save(run: Path, step: int, state: TrainingState) -> Path:
 def prune(run: Path, keep: int, always: set[int]) -> None:
     """Removes old checkpoints.
 
-    Kept are the `keep` newest ones up to the one that `latest` names, the steps in `always`, and those after `latest`.
+    It keeps the `keep` newest ones up to the one that `latest` names, those of the steps in `always`, and all that come
+    after `latest`.
     """
     newest = latest(run)
     assert newest is not None
@@ -233,22 +238,22 @@ def steps_saved(run: Path) -> list[int]:
 
 
 def latest(run: Path) -> Path | None:
-    """The checkpoint that `RUN/latest` names. Without that file the newest one; None without any.
+    """The checkpoint that `RUN/latest` names; without that file, the newest one; None without any.
 
-    A checkpoint has its name only when it is whole. Raises ValueError when `latest` names something else.
+    Raises ValueError when `latest` names something else.
     """
     pointer, saved = run / "latest", steps_saved(run)
     if not pointer.is_file():
         return folder_of_step(run, saved[-1]) if saved else None
     name = pointer.read_text().strip()
     if name not in [folder_of_step(run, step).name for step in saved]:
-        what_to_do = "write one of its folders' names there, or remove the file to go on from the newest"
+        what_to_do = "write one of its folders' names there, or remove the file to resume from the newest"
         raise ValueError(f"{pointer} names {name!r}, which is not in {run / 'checkpoints'}; {what_to_do}")
     return run / "checkpoints" / name
 
 
 def at_step(run: Path, step: int) -> Path:
-    """The run's checkpoint of `step`; its newest with step 0."""
+    """The run's checkpoint of `step`; step 0 is the newest. Raises ValueError if there is none."""
     folder = folder_of_step(run, step) if step else latest(run)
     if folder is None or not folder.is_dir():
         which = f" of step {step}" if step else ""
@@ -257,9 +262,9 @@ def at_step(run: Path, step: int) -> Path:
 
 
 def verified(folder: Path) -> dict:
-    """The manifest of a checkpoint, after every file was compared with its size and hash there.
+    """Checks size and hash of every file of a checkpoint against its manifest. Returns the manifest.
 
-    Raises ValueError that names what is damaged.
+    Raises a ValueError that names what is damaged.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -279,7 +284,7 @@ def verified(folder: Path) -> dict:
 
 
 def read_weights(folder: Path, kind: str = "ema") -> dict[str, Tensor]:
-    """All weights of a checkpoint as fp32 tensors: the average ("ema") or the last ones ("master")."""
+    """All weights of a checkpoint as fp32 tensors: the average ("ema") or the last weights ("master")."""
     manifest = verified(folder)
     try:
         with CheckpointReader(folder, manifest) as reader:

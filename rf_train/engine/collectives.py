@@ -1,4 +1,4 @@
-"""Ranks: how they start, what they say to one another, and what happens when they disagree."""
+"""Ranks: how they start, exchange values, and stop when they disagree."""
 
 import json
 import os
@@ -20,7 +20,7 @@ class RunError(RuntimeError):
 
 
 class PeerLost(RunError):
-    """Another rank has stopped, so a collective can't end."""
+    """Another rank has stopped, so a collective can't complete."""
 
 
 @dataclass(frozen=True)
@@ -66,20 +66,20 @@ def start_ranks() -> Ranks:
 
 @contextmanager
 def naming_lost_peers() -> Iterator[None]:
-    """Turns the error of a collective whose other end is gone into `PeerLost`."""
+    """Turns the error of a collective that lost another rank into `PeerLost`."""
     try:
         yield
     except RuntimeError as error:
         if any(words in str(error) for words in ("closed by peer", "reset by peer")):
             reason = str(error).splitlines()[0]
-            raise PeerLost(f"another rank has stopped, and told why if it could ({reason})") from error
+            raise PeerLost(f"another rank has stopped; see its own error, if it printed one ({reason})") from error
         raise
 
 
 def check_same_on_ranks(what: str, **numbers: int) -> None:
     """Raises ValueError, on every rank, when ranks don't have the same numbers.
 
-    Else they would wait for one another for ever.
+    Without this check they could wait for one another forever.
     """
     own = torch.tensor(list(numbers.values()), dtype=torch.int64, device=current_device())
     everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
@@ -115,7 +115,7 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def true_on_any_rank(flags: list[bool]) -> list[bool]:
-    """For each position: whether the flag is true on any rank. Every rank must call it, with equally many flags."""
+    """For each position: whether the flag is true on any rank. A collective: all ranks give equally many flags."""
     found = torch.tensor(flags, dtype=torch.int32, device=current_device())
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return [bool(flag) for flag in found.tolist()]

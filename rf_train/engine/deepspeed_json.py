@@ -17,7 +17,7 @@ def shipped_jsons() -> list[str]:
 
 
 def find_file(path: str) -> Path:
-    """`path` as given, or else below the project's folder, so that a run may start anywhere."""
+    """`path` as given, or else below the project's folder, so that a run can start from any folder."""
     for candidate in (Path(path), PROJECT / path):
         if candidate.is_file():
             return candidate
@@ -25,7 +25,7 @@ def find_file(path: str) -> Path:
 
 
 def read_deepspeed_json(file: str) -> tuple[Path, dict]:
-    """A DeepSpeed JSON that training can run on, and where it is. Raises ValueError, in one line, for any other."""
+    """Reads a DeepSpeed JSON: its path and settings. Raises a one-line ValueError if training can't run on it."""
     path = find_file(file)
     try:
         settings = json.loads(path.read_text())
@@ -44,7 +44,7 @@ def read_deepspeed_json(file: str) -> tuple[Path, dict]:
 
 
 def _check_object(path: Path, holder: dict, key: str, name: str) -> None:
-    """Raises ValueError unless `holder[key]` is an object. An empty one is taken out, but for zero_optimization."""
+    """Raises ValueError unless `holder[key]` is an object. Removes an empty one, except zero_optimization."""
     if not isinstance(holder.setdefault(key, {}), dict):
         raise ValueError(f"{path}: {name} is {json.dumps(holder[key])}, expected an object")
     if not holder[key] and key != "zero_optimization":
@@ -54,19 +54,19 @@ def _check_object(path: Path, holder: dict, key: str, name: str) -> None:
 def complete_settings(recipe: Recipe, device_type: str, world_size: int) -> dict:
     """DeepSpeed's settings: the JSON, completed from the recipe.
 
-    Raises ValueError, with both values, where the JSON says something else than the recipe.
+    Raises ValueError, with both values, where the JSON contradicts the recipe.
     """
     path, settings = read_deepspeed_json(recipe.run.deepspeed)
     optimizer, stage, size = recipe.optimizer, recipe.stages[0], recipe.run.sequence_parallel_size
     replicas = world_size // size
-    # DeepSpeed counts each rank as one that has clips of its own. Those that share a clip see the same one.
+    # DeepSpeed assumes that each rank has its own clips. With sequence parallelism, several ranks share one.
     per_rank = stage.batch // (optimizer.micro_batch * replicas)
     decided = {
         "train_micro_batch_size_per_gpu": ("optimizer.micro_batch", optimizer.micro_batch),
         "gradient_clipping": ("optimizer.max_grad_norm", optimizer.max_grad_norm),
         "train_batch_size": (f"stages.0.batch x run.sequence_parallel_size (stage {stage.name})", stage.batch * size),
         "gradient_accumulation_steps": (
-            f"what follows from batch, micro_batch and ranks (stage {stage.name})",
+            f"it follows from batch, micro_batch and ranks (stage {stage.name})",
             per_rank,
         ),
     }

@@ -13,8 +13,8 @@ class Ulysses:
     """Spreads tokens and heads over the `size` ranks that share a clip.
 
     Outside attention each rank has an equal share of the tokens of every latent frame. Inside self-attention it has all
-    tokens of a share of the heads, and its K/V cache holds those. DeepSpeed isn't told: it averages gradients over all
-    ranks, and `all_gather_tokens` weighs them so that the average is the gradient of the clip.
+    tokens of a share of the heads, and its K/V cache holds those. DeepSpeed's engine does not know this, and averages
+    gradients over all ranks. `all_gather_tokens` scales them so that the average is the gradient of the clip.
     """
 
     def __init__(self, size: int):
@@ -53,10 +53,10 @@ class Ulysses:
 
 
 class _AllGatherTokens(torch.autograd.Function):
-    """Every rank has the same loss of the whole clip.
+    """Gathers the tokens of the ranks that share a clip.
 
-    So the gradient of a share is its part of the whole gradient, times the
-    number of ranks, because gradients are averaged over these ranks.
+    Every rank then has the same loss of the whole clip. So the gradient of a rank's share is its part of the whole
+    gradient, times the number of ranks, because gradients are averaged over these ranks.
     """
 
     @staticmethod

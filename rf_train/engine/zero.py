@@ -1,6 +1,6 @@
-"""The training engine: a sharded model and its optimizer. The only door to DeepSpeed's engine.
+"""The training engine: a sharded model and its optimizer.
 
-What DeepSpeed calls `engine` is wrapped in `Engine`; nothing outside this package touches the inner one.
+`Engine` wraps DeepSpeed's own engine. Nothing outside this package touches the inner one.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from rf_train.model.transformer import Block, CausalWan, VelocityModel
 
 
 class RolloutMismatch(RunError):
-    """A rollout that makes other passes than it announced. Ranks would wait for one another for ever."""
+    """A rollout made more or fewer passes than it announced. Ranks would wait for one another forever."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Fragment:
 
 
 class Engine:
-    """A causal DiT and AdamW, sharded over all ranks. Called as the model is, it is a `VelocityModel`.
+    """A causal DiT and AdamW, sharded over all ranks. It is called like the model: it is a `VelocityModel`.
 
-    `replica` of `replicas`: ranks that share clips (sequence parallelism) are one replica.
+    This rank belongs to replica number `replica` (0-based) of `replicas`. Ranks that share clips are one replica.
     """
 
     def __init__(self, inner: Any, ranks: Ranks, sequence_parallel_size: int):
@@ -69,8 +69,8 @@ class Engine:
         return self.model.new_kv_cache(batch, tokens_per_frame, frames, attention)
 
     def set_batch(self, clips: int) -> None:
-        """Makes the engine's step as large as a stage's batch of `clips`."""
-        # DeepSpeed takes each rank for one with clips of its own.
+        """Sets the number of clips per step, a stage's batch."""
+        # DeepSpeed assumes that each rank has its own clips.
         self._inner.set_train_batch_size(clips * self.sequence_parallel_size)
 
     def set_learning_rate(self, rate: float) -> None:
@@ -86,9 +86,9 @@ class Engine:
         self._inner.backward(loss)
 
     def step(self) -> bool:
-        """Ends a micro-step; after the last one of a step the optimizer moves.
+        """Ends a micro-step. After the last micro-step of a step, the optimizer changes the weights.
 
-        Returns whether it did: when a gradient isn't finite on any rank, the step is skipped on all.
+        Returns whether it did. If the gradient isn't finite on some rank, the step is skipped on all ranks.
         """
         self._inner.step()
         return self._inner.was_step_applied()
@@ -102,11 +102,11 @@ class Engine:
 
     @contextmanager
     def rollout(self, passes: int, gather: bool) -> Iterator[VelocityModel]:
-        """The model for a rollout of exactly `passes` passes without gradient.
+        """Yields the model for a rollout of exactly `passes` passes without gradient.
 
-        Every rank must enter, with the same number. With `gather` parameters are gathered once; else in every pass.
-        Raises RolloutMismatch, on the rank that makes more or fewer passes than it announced, before its peers wait for
-        it.
+        Every rank must enter, with the same number. With `gather`, parameters are gathered once, else in every pass.
+        Raises RolloutMismatch on a rank that makes more or fewer passes than it announced, so that its peers don't wait
+        for it forever.
         """
         if gather and self.zero_stage == 3:
             with self.gathered_parameters() as model:
@@ -123,9 +123,9 @@ class Engine:
     def gathered_parameters(self, blocks: int | None = None) -> Iterator[CausalWan]:
         """Gathers every parameter once, block by block, and yields the plain model for passes without gradient.
 
-        ZeRO-3's module hooks are put aside meanwhile. So the trace of training's passes, which prefetch rests on, sees
-        none of these passes. With `blocks` the model has only its first ones meanwhile: for checks where a whole copy
-        doesn't fit. Under ZeRO-2 parameters are whole at all times.
+        ZeRO-3's module hooks are removed meanwhile. So these passes don't enter the trace of the training passes, which
+        prefetching needs. With `blocks` the model has only that many first blocks meanwhile: for checks when a whole
+        copy doesn't fit. Under ZeRO-2 parameters are always whole.
         """
         model = self.model
         if self.zero_stage != 3:
@@ -168,8 +168,8 @@ class Engine:
     def fragments(self) -> dict[str, Fragment]:
         """This rank's fragments by parameter name.
 
-        Under ZeRO-3 these are slice r of W of each parameter: elements [r n, (r + 1) n), n = ceil(numel / W), the last
-        one padded.
+        Under ZeRO-3, rank r of W has elements [r n, (r + 1) n) of each flattened parameter, n = ceil(numel / W); the
+        last slice is padded.
         """
         zero = self._inner.optimizer
         flats = zero.fp32_partitioned_groups_flat if self.zero_stage == 3 else zero.single_partition_of_fp32_groups
@@ -180,7 +180,7 @@ class Engine:
         return {name: fragment for name, fragment in found.items() if fragment is not None}
 
     def _make_moments(self, flat: Tensor) -> None:
-        """What AdamW makes at its first step: so that a state can be loaded or saved before it."""
+        """Makes the moments that AdamW would make at its first step, to load or save a state before that."""
         state = self._inner.optimizer.optimizer.state
         if "exp_avg" not in state[flat]:
             moments = {kind: torch.zeros_like(flat) for kind in ("exp_avg", "exp_avg_sq")}
@@ -209,9 +209,9 @@ class Engine:
 
     @torch.no_grad()
     def copy_masters_to_weights(self, fragments: dict[str, Fragment], whole: Callable[[str], Tensor]) -> None:
-        """Makes the weights that passes compute with equal to the fp32 masters, after these were changed.
+        """Copies changed fp32 masters to the weights that passes compute with.
 
-        `whole(name)` gives the new value of a whole parameter; only ZeRO-2 asks for it.
+        `whole(name)` gives the new value of a whole parameter; it is called only under ZeRO-2.
         """
         for name, parameter in self.model.named_parameters():
             if self.zero_stage != 3:
@@ -225,7 +225,7 @@ class Engine:
             self._inner.optimizer.invalidate_secondary_tensor()
 
     def destroy(self) -> None:
-        """Gives the engine's memory back."""
+        """Frees the engine's memory."""
         self._inner.destroy()
 
 

@@ -1,12 +1,11 @@
-"""The attention of both streams, over the pairs of chunks that exist and no others (Figure 3c).
+"""The attention of both streams. Only the pairs of chunks in which one reads the other are computed (Figure 3c).
 
     history chunk i reads history chunks <= i
     noisy chunk i   reads history chunks <  i, and itself
 
 The queries of one chunk, together with the keys that they read, are a `QueryBlock`. A pass without a cache computes all
-its query blocks in few and large calls of the flash kernel. With a cache, each query block is one call. No mask is
-built, except for routing, where each query token makes its own choice. Suffixes: B batch, H heads, L tokens, D head
-width.
+its query blocks in few, large calls of the flash kernel. With a cache, each query block is one call. No mask is built,
+except for routing, where each query token makes its own choice. Sizes: B batch, H heads, L tokens, D head width.
 """
 
 from collections.abc import Callable
@@ -27,8 +26,8 @@ Kernels = tuple[Callable[..., Any], Callable[..., Any]]  # forward and backward,
 class PassLayout:
     """The chunks of each stream of a pass, lengths in tokens, and what they may read.
 
-    Tokens stand in the order: history chunks, then noisy chunks. With `noisy_queries_only` (the last block) only the
-    noisy chunks ask: nothing reads what the last block would make of history.
+    The order of the tokens is: history chunks, then noisy chunks. With `noisy_queries_only` (the last block) only noisy
+    chunks have queries, because nothing reads the history that the last block would compute.
     """
 
     history: tuple[Chunk, ...]
@@ -64,10 +63,10 @@ def two_stream_attention(
 ) -> Tensor:
     """Attention of the history and noisy chunks of a pass.
 
-    q, k, v [B, H, L, D]: the tokens of `layout`, in its order; q has only the noisy ones with
-    `layout.noisy_queries_only`. `kv_cache` holds earlier history; the history chunks of this pass are appended to it.
-    `stash`: for selective recomputation. It is empty in the forward pass and carries the result to the repetition in
-    backward, so that attention doesn't run twice (routed attention does). Returns [B, H, L of q, D].
+    q, k, v [B, H, L, D]: the tokens of `layout`, in its order; with `layout.noisy_queries_only` q has only the noisy
+    ones. `kv_cache` holds earlier history; the history chunks of this pass are appended to it. `stash` is for selective
+    recomputation: the forward pass puts the result into it, and the recomputation in backward takes it from there. So
+    attention doesn't run twice (routed attention does). Returns [B, H, L of q, D].
     """
     history, noisy, new_tokens = layout.history, layout.noisy, layout.history_tokens
     noisy_lengths = [chunk.length for chunk in noisy]
@@ -99,7 +98,7 @@ def query_blocks(
 ) -> list[QueryBlock]:
     """A query block for each (chunk, its own keys, whether it is noisy) in `asking`, in the order of the queries.
 
-    The keys of history chunk `chunks[n]` (an index in the clip) stand at `chunk_slices[n]`.
+    The keys of history chunk `chunks[n]` (an index in the clip) are at `chunk_slices[n]`.
     """
     blocks, begin = [], 0
     for chunk, own, noisy in asking:
@@ -122,7 +121,7 @@ def join_neighbours(pieces: list[slice]) -> tuple[slice, ...]:
 
 
 def select_tokens(x: Tensor, pieces: tuple[slice, ...]) -> Tensor:
-    """The tokens of the pieces of x [B, H, L, D], joined: a view of one piece, a copy of several."""
+    """The tokens of x [B, H, L, D] in `pieces`, joined: a view of one piece, a copy of several."""
     parts = [x[:, :, piece] for piece in pieces]
     if len(parts) == 1:
         return parts[0]
@@ -156,9 +155,9 @@ def routed_block(q: Tensor, k: Tensor, v: Tensor, block: QueryBlock, top_k: int)
 def routed_mask(q: Tensor, k: Tensor, lengths: list[int], top_k: int) -> Tensor:
     """History routing (eq. 8-9): bool [B, H, S, L], True where a query token reads.
 
-    Each query token and head reads its own chunk and the `top_k` earlier chunks j with the largest q . mean(K_j). q [B,
-    H, S, D]. k [B, H, L, D]: earlier chunks of the given `lengths`, then the own chunk; keys as attention sees them,
-    after rotary embedding. The choice is not differentiated.
+    Each query token and head reads its own chunk and the `top_k` earlier chunks j with the largest q . mean(K_j).
+    q [B, H, S, D]; k [B, H, L, D]: earlier chunks of the given `lengths`, then the own chunk. Keys are those after
+    rotary embedding. The choice has no gradient.
     """
     earlier = sum(lengths)
     parts = k[:, :, :earlier].split(lengths, dim=2)
@@ -175,9 +174,9 @@ def routed_mask(q: Tensor, k: Tensor, lengths: list[int], top_k: int) -> Tensor:
 def flash_kernels(q: Tensor) -> Kernels | None:
     """(forward, backward) of the device's flash kernel, the one under `scaled_dot_product_attention`.
 
-    forward(q, k, v) -> (out, log-sums [B, H, L] in fp32, what else backward wants);
-    backward(grad, q, k, v, out, log-sums, the rest) -> gradients of q, k and v.
-    None where the kernel can't take q's dtype.
+    forward(q, k, v) -> (out, log-sum-exps [B, H, L] in fp32, the rest that backward needs);
+    backward(grad, q, k, v, out, log-sum-exps, the rest) -> gradients of q, k and v.
+    None if the kernel can't take q's device, dtype or head width.
     """
     if q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16, torch.float16):
         return _cpu_forward, _cpu_backward
@@ -207,18 +206,18 @@ def _cuda_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, rest: tuple
 ) -> tuple[Tensor, Tensor, Tensor]:
     cum_q, cum_k, max_q, max_k, seed, offset = rest
-    log_sums = log_sums.contiguous()  # this kernel takes it to be packed
+    log_sums = log_sums.contiguous()  # this kernel assumes contiguous memory
     backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
     return backward(grad, q, k, v, out, log_sums, cum_q, cum_k, max_q, max_k, 0.0, False, seed, offset)
 
 
 def kernel_calls(blocks: list[QueryBlock]) -> tuple[tuple[slice, ...], list[tuple[slice, slice]]]:
-    """The query blocks in few, large kernel calls: (an order of the queries, pairs of (queries in that order, keys)).
+    """Splits the query blocks into few, large kernel calls: (order of the queries, [(queries in that order, keys)]).
 
     History chunk i and noisy chunk i + 1 read the same history, chunks 0 .. i. Their queries are put next to each
-    other, and make one row of the causal triangle. A triangle of rows is one rectangle (the lower half of the rows, the
-    keys that its first row has) and two triangles of half the size. Each rectangle is one call. A noisy chunk reads
-    itself in a call of its own.
+    other, as one row of the causal triangle. A triangle of rows splits into one rectangle (queries of the lower half of
+    the rows, keys of the upper half) and two triangles, one for each half. Each rectangle is one call. A noisy chunk
+    reads itself in a call of its own.
     """
 
     def reads(block: QueryBlock) -> list[tuple[int, int]]:
@@ -242,7 +241,7 @@ def kernel_calls(blocks: list[QueryBlock]) -> tuple[tuple[slice, ...], list[tupl
 def _split_triangle(start: int, rows: list[tuple[int, ...]], calls: list[tuple[slice, slice]]) -> None:
     """Adds the calls of a triangle to `calls`.
 
-    `rows`: (last key, queries from, to), ascending; all keys begin at `start`.
+    `rows`: (end of the keys, begin and end of the queries), ascending; all keys begin at `start`.
     """
     half = len(rows) // 2
     corner = rows[max(half - 1, 0)][0]
@@ -255,9 +254,9 @@ def _split_triangle(start: int, rows: list[tuple[int, ...]], calls: list[tuple[s
 def merged_attention(
     q: Tensor, k: Tensor, v: Tensor, calls: list[tuple[slice, slice]], forward: Callable[..., Any]
 ) -> tuple[Tensor, Tensor, list[tuple]]:
-    """Runs the kernel on each pair of queries and keys, and merges the results of the same query by their log-sums.
+    """Runs the kernel on each pair of queries and keys, and merges the results per query by their log-sum-exps.
 
-    Returns (output, log-sums [B, H, L] in fp32, what else the backward of each call wants).
+    Returns (output, log-sum-exps [B, H, L] in fp32, the rest that the backward of each call needs).
     """
     out = torch.zeros_like(q, dtype=torch.float32)
     log_sums = q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
@@ -272,11 +271,11 @@ def merged_attention(
 
 
 class TwoStreamAttention(torch.autograd.Function):
-    """All query blocks of a pass.
+    """The attention of all query blocks of a pass, in the kernel calls of `kernel_calls`.
 
-    Backward needs q, k, v, the output and its log-sums: memory grows with tokens, not with their square. The backward
-    of flash attention makes the softmax again from the whole row's output and log-sum. So the gradients of each call
-    come out right on their own, and are added.
+    Backward needs q, k, v, the output and its log-sum-exps, so memory grows with tokens, not with their square. The
+    backward of flash attention recomputes the softmax from the output and log-sum-exp of the whole row. So the
+    gradients of each call are right on their own, and are added.
     """
 
     @staticmethod

@@ -28,7 +28,7 @@ class Chunking:
         return 0 if index == 0 else self.first + (index - 1) * self.chunk
 
     def sizes(self, frames: int, begin: int = 0) -> list[int]:
-        """Latent frames of each chunk in a run of `frames` that begins with chunk `begin`. The last may be partial."""
+        """Latent frames of each chunk in `frames` frames that begin with chunk `begin`. The last may be partial."""
         sizes: list[int] = []
         while frames > 0:
             full = self.first if begin + len(sizes) == 0 else self.chunk
@@ -37,7 +37,7 @@ class Chunking:
         return sizes
 
     def chunks(self, frames: int, begin: int = 0) -> tuple[Chunk, ...]:
-        """The chunks of a run of `frames` latent frames that begins with chunk `begin`."""
+        """The chunks of `frames` latent frames that begin with chunk `begin`."""
         return tuple(Chunk(begin + i, size) for i, size in enumerate(self.sizes(frames, begin)))
 
     @property
@@ -48,11 +48,11 @@ class Chunking:
 
 @dataclass(frozen=True)
 class ModelPass:
-    """One forward pass of the model, as planning counts it. Chunk lengths are latent frames."""
+    """The chunks of one forward pass of the model. Chunk lengths are latent frames."""
 
     noisy: tuple[Chunk, ...]
     history: tuple[Chunk, ...]  # history that this pass computes
-    cached: bool  # whether history before that is read from the K/V cache
+    cached: bool  # whether earlier history is read from the K/V cache
 
     @property
     def frames(self) -> int:
@@ -92,7 +92,7 @@ class Window(Attention, kind="window"):
 
 @dataclass(frozen=True)
 class Routed(Attention, kind="routed"):
-    """For each query token and head, the `top_k` earlier chunks whose mean key fits the query best (eq. 8-9)."""
+    """For each query token and head, the `top_k` earlier chunks whose mean key matches the query best (eq. 8-9)."""
 
     top_k: int = 5
 

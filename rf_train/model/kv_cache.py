@@ -1,6 +1,6 @@
 """The K/V cache of chunk-by-chunk passes: preallocated, appended chunk by chunk.
 
-Pass it by keyword. ZeRO-3's hooks rebuild positional lists and tuples, and appends to the copies are lost.
+Pass it to the model by keyword. ZeRO-3's hooks rebuild positional lists and tuples, and appends to the copies are lost.
 """
 
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ class LayerKVCache:
     """Keys and values of one layer's history, in buffers [B, H, capacity + scratch, D] that are filled from the front.
 
     `chunks` are the indices of the cached chunks, `lengths` their tokens. When a new chunk doesn't fit, the oldest
-    chunks that are not among the first `sink` are dropped: the caller makes the buffer so large that no later chunk may
-    read them. `scratch` tokens past the capacity take the keys of a noisy chunk, so that history and noisy chunk are
-    one run of keys without a copy.
+    chunks are dropped, except the first `sink` ones. The caller makes the buffer so large that no later chunk may read
+    the dropped ones. After the history there is room for `scratch` tokens of a noisy chunk. So the keys of history and
+    noisy chunk are contiguous without a copy.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class LayerKVCache:
         self.capacity, self.sink = capacity, sink
         self.chunks: list[int] = []
         self.lengths: list[int] = []
-        self.text: tuple[Tensor, Tensor] | None = None  # cross-attention's keys and values of the caption, made once
+        self.text: tuple[Tensor, Tensor] | None = None  # cross-attention's keys and values, computed once per caption
 
     @property
     def tokens(self) -> int:
@@ -55,7 +55,7 @@ class LayerKVCache:
 
     @property
     def chunk_slices(self) -> list[slice]:
-        """Where each cached chunk stands along the tokens."""
+        """The tokens of each cached chunk, as slices."""
         return consecutive_slices(self.lengths)
 
     def append(self, k: Tensor, v: Tensor, chunks: Sequence[Chunk]) -> None:
@@ -69,9 +69,9 @@ class LayerKVCache:
             self.lengths.append(chunk.length)
 
     def followed_by(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values of history, then those of noisy chunks, `k` and `v` [B, H, tokens, D].
+        """The keys and values of history, followed by those of noisy chunks, `k` and `v` [B, H, tokens, D].
 
-        These aren't cached.
+        Those of noisy chunks don't stay in the cache.
         """
         end = self.tokens + k.shape[2]
         if end > self.buffer_k.shape[2]:
@@ -95,7 +95,7 @@ class LayerKVCache:
 class KVCache:
     """One `LayerKVCache` per layer, and the number of history chunks written so far.
 
-    Each guidance branch has its own.
+    Each guidance branch has its own cache.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class KVCache:
     ):  # fmt: skip
         """`capacity` and `scratch` in tokens.
 
-        Raises ValueError with the bytes needed when the device can't give them.
+        Raises a ValueError that gives the size in GiB when the device doesn't have enough memory.
         """
         self.bytes = kv_cache_bytes(layers, batch, heads, capacity + scratch, head_dim, dtype)
         layer = (batch, heads, capacity, scratch, head_dim, sink, dtype, device)

@@ -1,8 +1,8 @@
-"""Rotary positions in three axes, as Wan has them.
+"""Rotary positions in three axes, as in Wan.
 
-A head of even width D is split into time, height and width: 2 (D // 6) channels for height and for width, the rest for
-time (128 = 44 + 42 + 42). The base is 10000. Tables are computed in fp64 by NumPy when they are asked for: a table that
-is built inside `zero.Init` would be rounded to bf16.
+A head of even width D is split into time, height and width: 2 (D // 6) channels each for height and width, the rest for
+time (128 = 44 + 42 + 42). The base is 10000. Tables are computed in fp64 by NumPy when they are needed: a table that is
+built inside `zero.Init` would be rounded to bf16.
 """
 
 from functools import lru_cache
@@ -13,14 +13,14 @@ from torch import Tensor
 
 
 def axis_widths(head_dim: int) -> tuple[int, int, int]:
-    """Channels of a head that turn with (time, height, width)."""
+    """Channels of a head that encode (time, height, width)."""
     side = 2 * (head_dim // 6)
     return head_dim - 2 * side, side, side
 
 
 @lru_cache(maxsize=256)
 def rotary_table(first: int, frames: int, height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
-    """Unit complex numbers of the tokens of latent frames first .. first + frames - 1.
+    """The rotations, as unit complex numbers, of the tokens of latent frames first .. first + frames - 1.
 
     `height` and `width` count tokens. Returns complex64 [frames * height * width, head_dim / 2].
     """
@@ -37,7 +37,7 @@ def rotary_table(first: int, frames: int, height: int, width: int, head_dim: int
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turns neighbouring pairs of channels, each pair as one complex number, in fp32.
+    """Rotates neighbouring pairs of channels, each pair as one complex number, in fp32.
 
     x [B, L, H, D]; table [L, D / 2]. Returns x's shape and dtype.
     """

@@ -1,7 +1,7 @@
-"""Checks of the model in hand before the first step: that it is causal, and that its passes agree.
+"""Checks of a run's model before the first step: that it is causal, and that parallel and cached passes agree.
 
 A wrong mask, a shifted rotary position, or a cache that disagrees with training costs a week of GPU time. These checks
-cost seconds. They run on the run's own weights, chunking and precision, on a small picture, with text.
+cost seconds. They use the run's own weights, chunking and precision, and a small picture with text.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from torch import Tensor
 from rf_train.model.chunks import Attention, Dense, Routed
 from rf_train.model.transformer import CausalWan
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the features' standard deviation
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # largest difference, in standard deviations of the features
 
 
 class SelfTestError(ValueError):
@@ -48,7 +48,7 @@ class ProbeClip:
 
     @property
     def frame_slices(self) -> list[slice]:
-        """Where each chunk stands along the frames."""
+        """The latent frames of each chunk, as slices."""
         ends = torch.tensor(self.sizes).cumsum(0).tolist()
         return [slice(end - size, end) for end, size in zip(ends, self.sizes)]
 
@@ -56,8 +56,8 @@ class ProbeClip:
 def self_test(model: CausalWan, chunks: int, attentions: list[Attention]) -> None:
     """Raises SelfTestError, naming the first check that fails.
 
-    `model` holds whole parameters. `attentions` are those of the run's stages. Compared is the input of the last linear
-    layer, because the output of a fresh model is all zero.
+    `model` holds whole parameters. `attentions` are those of the run's stages. The checks compare the input of the last
+    linear layer, because the output of a new model is all zero.
     """
     clip = ProbeClip.of(model, min(chunks, 4))
     with frozen(model):
@@ -69,7 +69,7 @@ def self_test(model: CausalWan, chunks: int, attentions: list[Attention]) -> Non
 
 @contextmanager
 def frozen(model: CausalWan) -> Iterator[None]:
-    """Parameters take no gradient meanwhile: an engine's hooks on them must not see the checks."""
+    """Parameters take no gradient inside, so that an engine's hooks on them don't see the checks."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in trained:
@@ -93,9 +93,9 @@ def features(model: CausalWan, **arguments: Any) -> Tensor:
 
 
 def check_causal(model: CausalWan, clip: ProbeClip, attention: Attention) -> None:
-    """By gradient: noisy chunk i depends on itself and on earlier history, and on nothing else.
+    """Checks by gradient that noisy chunk i depends on itself and on earlier history, and on nothing else.
 
-    With dense attention it depends on all of the earlier history.
+    With dense attention it must depend on all of the earlier history.
     """
     failed = f"self-test 'causal' failed ({attention.kind} attention)"
     with torch.enable_grad():
@@ -120,7 +120,7 @@ def check_causal(model: CausalWan, clip: ProbeClip, attention: Attention) -> Non
 
 
 def check_cached(model: CausalWan, clip: ProbeClip, attention: Attention) -> None:
-    """For every chunk, the parallel pass equals the chunk-by-chunk pass with a K/V cache."""
+    """Checks for every chunk that the parallel pass equals the chunk-by-chunk pass with a K/V cache."""
     parallel = features(model, noisy=clip.noisy, t=clip.t, history=clip.history, text=clip.text, attention=attention)
     tokens = model.settings.tokens_per_frame(*clip.noisy.shape[3:])
     cache = model.new_kv_cache(1, tokens, clip.noisy.shape[2], attention)
@@ -140,7 +140,7 @@ def check_cached(model: CausalWan, clip: ProbeClip, attention: Attention) -> Non
 
 
 def check_routing(model: CausalWan, clip: ProbeClip) -> None:
-    """Routing that keeps as many chunks as there are equals dense attention."""
+    """Checks that routing with `top_k` as large as the number of chunks equals dense attention."""
     arguments = {"noisy": clip.noisy, "t": clip.t, "history": clip.history, "text": clip.text}
     all_chunks = Routed(top_k=max(1, len(clip.sizes) - 1))
     dense, routed = (features(model, **arguments, attention=attention) for attention in (Dense(), all_chunks))
@@ -152,4 +152,4 @@ def compare(name: str, one: Tensor, other: Tensor, model: CausalWan) -> None:
     distance, spread = (one - other).abs().max().item(), other.std().item()
     allowed = TOLERANCE[model.proj_out.weight.dtype] * spread
     if not distance <= allowed:
-        raise SelfTestError(f"self-test '{name}: they differ by {distance:.2g}, allowed is {allowed:.2g}")
+        raise SelfTestError(f"self-test '{name}: the difference is {distance:.2g}, at most {allowed:.2g} is allowed")

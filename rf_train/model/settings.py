@@ -25,7 +25,7 @@ class ModelSettings:
     chunk: int = 3  # latent frames of a chunk
     first_chunk: int = 3  # latent frames of the first chunk; 1 lets a single image start a video
     eps: float = 1e-6
-    checkpointing: str = "block"  # what backward recomputes: each block, all of it but self-attention (selective), none
+    checkpointing: str = "block"  # what backward recomputes: block | selective (a block except self-attention) | none
 
     def validate(self) -> None:
         require(self.dim % self.heads == 0, f"model.dim={self.dim} is not a multiple of model.heads={self.heads}")

@@ -1,7 +1,7 @@
 """The causal DiT: Wan2.1's transformer with two streams, history (t = 0) and noisy, in one pass.
 
 Plain `nn.Module`s that know nothing of DeepSpeed. Parameter names are those of diffusers' `WanTransformer3DModel`.
-Suffixes: B batch, F latent frames, P tokens of a latent frame, L = F P tokens, D width.
+Sizes: B batch, F latent frames, P tokens of a latent frame, L = F P tokens, D width.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from rf_train.model.settings import ModelSettings
 
 
 class SequenceParallel(Protocol):
-    """What spreads a clip's tokens over ranks: see `rf_train.engine.sequence_parallel`."""
+    """Splits a clip's tokens over ranks; `rf_train.engine.sequence_parallel` implements it."""
 
     size: int
 
@@ -35,7 +35,7 @@ class SequenceParallel(Protocol):
 
 
 class VelocityModel(Protocol):
-    """A model that predicts velocities: `CausalWan`, or what stands for it (an engine, a counter in a test)."""
+    """A model that predicts velocities: `CausalWan`, or a wrapper of it (an engine, a counter in a test)."""
 
     settings: ModelSettings
     chunking: Chunking
@@ -57,9 +57,9 @@ class VelocityModel(Protocol):
 
 @dataclass(frozen=True)
 class PassContext:
-    """What every block of a pass knows besides its input. Tokens are those of this rank."""
+    """What all blocks of a pass share besides their input. Tokens are those of this rank, except in `layout`."""
 
-    layout: PassLayout
+    layout: PassLayout  # all tokens of the clips: attention sees them all
     rotary: Tensor  # [L, head_dim / 2] complex
     history_frames: int
     tokens_per_frame: int
@@ -74,7 +74,7 @@ class PassContext:
 
 
 class Linear(nn.Linear):
-    """A linear layer that starts as Wan's do: Xavier-uniform, or normal of width `std`, or zero with `std` = 0; bias 0.
+    """A linear layer with Wan's initial weights: Xavier-uniform, or normal with `std` (0: all zero). The bias is 0.
 
     Weights are set where the layer is built, because `zero.Init` partitions them as soon as `__init__` is over.
     """
@@ -106,7 +106,7 @@ class SelfAttention(Projections):
     """Self-attention of both streams, with rotary positions."""
 
     def forward(self, x: Tensor, context: PassContext, kv_cache: LayerKVCache | None, stash: dict | None) -> Tensor:
-        """x [B, L, D], history tokens first. Returns [B, L, D]; the noisy tokens alone in the last block."""
+        """x [B, L, D], history tokens first. Returns [B, L, D]; in the last block, only the noisy tokens."""
         skipped = context.history_tokens if context.layout.noisy_queries_only else 0
         split_heads = "b l (h d) -> b l h d"
         q = rearrange(self.norm_q(self.to_q(x[:, skipped:])), split_heads, h=self.heads)
@@ -127,7 +127,7 @@ class CrossAttention(Projections):
     """Attention to the caption. Padded positions are attended to, as Wan was trained."""
 
     def forward(self, x: Tensor, text: Tensor, kv_cache: LayerKVCache | None) -> Tensor:
-        """x [B, L, D], text [B, text_len, D]. With a cache, keys and values are made once per caption."""
+        """x [B, L, D], text [B, text_len, D]. Returns [B, L, D]. With a cache, keys and values are computed once."""
         q = rearrange(self.norm_q(self.to_q(x)), "b l (h d) -> b h l d", h=self.heads)
         if kv_cache is not None and kv_cache.text is not None:
             k, v = kv_cache.text
@@ -190,7 +190,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """x [B, F, P, D], history frames first; modulation [B, F, 6, D] in fp32; text [B, text_len, D].
 
-        Returns x's shape; in the last block (`context.layout.noisy_queries_only`) the noisy frames alone.
+        Returns x's shape; in the last block (`context.layout.noisy_queries_only`) only the noisy frames.
         """
         table = (self.scale_shift_table.float() + modulation).unsqueeze(3)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.unbind(2)  # (B, F, 1, D) each
@@ -220,13 +220,13 @@ class TwoLinears(nn.Module):
 
 
 class ConditionEmbedder(nn.Module):
-    """The noise level and the caption, as the blocks take them; named as diffusers' `condition_embedder`."""
+    """Embeds the noise level and the caption for the blocks; named as diffusers' `condition_embedder`."""
 
     def __init__(self, settings: ModelSettings):
         super().__init__()
         dim = settings.dim
         self.freq_dim = settings.freq_dim
-        # The order in which weights are drawn, and then that of the parameters: both are part of what a seed gives.
+        # What a seed gives depends on the order in which layers are built, and on the order of the attributes.
         time_embedder, time_proj = TwoLinears(settings.freq_dim, dim), Linear(dim, 6 * dim)
         self.time_embedder, self.text_embedder = time_embedder, TwoLinears(settings.text_dim, dim)
         self.time_proj = time_proj
@@ -251,7 +251,7 @@ class ConditionEmbedder(nn.Module):
 class CausalWan(nn.Module):
     """Wan2.1's transformer made causal over chunks.
 
-    With `sequence_parallel` set, ranks share a clip's tokens and heads. Inputs and outputs are whole all the same.
+    With `sequence_parallel` set, ranks share a clip's tokens and heads. Inputs and outputs are still whole.
     """
 
     sequence_parallel: SequenceParallel | None = None
@@ -278,13 +278,14 @@ class CausalWan(nn.Module):
         noisy_chunk: int = 0,
         kv_cache: KVCache | None = None,
     ) -> Tensor | None:
-        """Velocity of the noisy chunks.
+        """Velocity of the noisy chunks: [B, C, F, H, W] like `noisy`, or None without it.
 
-        noisy [B, C, F, H, W]: the run of chunks that begins with chunk `noisy_chunk`, at noise levels t [B, F]. history
-        [B, C, F', H, W]: a run of clean chunks, at t = 0. It begins after the cached chunks, or with chunk 0. Either
-        stream may be None. Training gives all N noisy chunks and the N - 1 history chunks at once. Generation gives a
-        cache, the newest history chunk, which is appended to it, and the next noisy one. text [B, text_len, text_dim],
-        zero-padded. Returns [B, C, F, H, W] like `noisy` (None without it).
+        noisy [B, C, F, H, W]: consecutive chunks from chunk `noisy_chunk` on, at noise levels t [B, F].
+        history [B, C, F', H, W]: consecutive chunks at t = 0, from the first one after the cached chunks on.
+        text [B, text_len, text_dim], zero-padded.
+
+        Either stream may be None. Training gives all N noisy chunks and the N - 1 history chunks at once. Generation
+        gives a cache, the newest history chunk, which is appended to the cache, and the next noisy chunk.
         """
         first_history = kv_cache.chunks_written if kv_cache is not None else 0
         parts, levels, rotary, streams = [], [], [], []
@@ -351,7 +352,7 @@ class CausalWan(nn.Module):
 def pad_text(texts: list[Tensor], settings: ModelSettings) -> Tensor:
     """Captions of different length, each [L, text_dim], as one tensor [B, text_len, text_dim].
 
-    Zero past their ends. A caption longer than text_len is cut.
+    They are padded with zeros. A caption longer than text_len is cut.
     """
     padded = texts[0].new_zeros(len(texts), settings.text_len, settings.text_dim)
     for row, text in zip(padded, texts):
@@ -360,6 +361,6 @@ def pad_text(texts: list[Tensor], settings: ModelSettings) -> Tensor:
 
 
 def parameter_shapes(settings: ModelSettings) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter by name, from the model itself, without memory for it."""
+    """The shape of every parameter by name, from the model itself, which is built without memory."""
     with torch.device("meta"):
         return {name: tuple(parameter.shape) for name, parameter in CausalWan(settings).named_parameters()}

@@ -1,7 +1,8 @@
 """What a stage of a recipe costs on a cluster: FLOP, bytes over links, and the least time of a step.
 
-Every figure is arithmetic from what the code keeps and computes; nothing is fitted. `rf_train.plan` prints it, searches
-with it and measures it. For memory see `rf_train.planning.memory`. Units: bytes, FLOP, seconds.
+Every figure follows from what the code keeps and computes; nothing is fitted. `rf_train.plan` prints the figures,
+searches with them, and compares them with measurements. For memory see `rf_train.planning.memory`. Units: bytes, FLOP,
+seconds.
 """
 
 import math
@@ -35,30 +36,30 @@ class Cluster:
     gpus_per_node: int = 8
     inside: float = 450e9  # inside a node: NVLink 4
     between: float = 50e9  # between nodes: 400 Gbit/s per GPU
-    host: float = 50e9  # PCIe 5.0 x16 in practice; host memory is taken to keep up
+    host: float = 50e9  # PCIe 5.0 x16 in practice; host memory is assumed to keep up
     flops: float = 989e12  # dense bf16
-    mfu: float = 0.4  # share of it that is reached, over all FLOP that are run, recomputed ones too
+    mfu: float = 0.4  # share of `flops` that is reached, counting recomputed FLOP too
     device: str = "cuda"
 
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """What of a DeepSpeed JSON decides memory and traffic.
+    """The settings of a DeepSpeed JSON that decide memory and traffic.
 
-    Sizes in elements; where the JSON is silent, DeepSpeed's defaults.
+    Sizes are in elements. A setting that the JSON lacks has DeepSpeed's default.
     """
 
     file: str
     stage: int
     offload_optimizer: bool
     offload_parameters: bool
-    secondary: int  # ranks over which hpZ spreads its second copy of the parameters; 1 = there is none
+    secondary: int  # ranks over which hpZ spreads its second copy of the parameters; 1 = no second copy
     bucket: int
     prefetch: int
     reuse: int
     sub_group: int
     overlap: bool
-    communication: int  # bytes of a gradient's element on its way; 0 = as parameters
+    communication: int  # bytes per gradient element when gradients are reduced; 0 = as parameters
 
     @property
     def offloads(self) -> bool:
@@ -66,7 +67,7 @@ class ZeroSettings:
 
 
 def read_zero(file: str) -> ZeroSettings:
-    """Reads a DeepSpeed JSON. Raises ValueError when training doesn't run on it."""
+    """Reads a DeepSpeed JSON. Raises ValueError when training can't run on it."""
     _, settings = read_deepspeed_json(file)
     zero = settings["zero_optimization"]
 
@@ -98,9 +99,9 @@ class Clip:
 
 
 def clip_of(recipe: Recipe, position: int, size: tuple[int, int]) -> Clip:
-    """The clip of a stage: its dataset's where that folder exists, else stage.frames at `size`.
+    """The clip of a stage: that of its dataset if the folder exists, else `stage.frames` at `size`.
 
-    `size` = (height, width) in pixels.
+    `size` = (height, width) in pixels. Raises ValueError when neither gives a valid clip.
     """
     stage, model = recipe.stages[position], recipe.model
     folder = recipe.dataset_of(stage)
@@ -125,7 +126,7 @@ def _shapes(model: ModelSettings) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class StageCase:
-    """A stage of a recipe on a cluster, with all that follows from them."""
+    """A stage of a recipe on a cluster, and the sizes that follow from it."""
 
     recipe: Recipe
     stage: Stage
@@ -134,7 +135,7 @@ class StageCase:
     cluster: Cluster
 
     def validate(self) -> None:
-        """Raises ValueError when this can't run, whatever its size."""
+        """Raises ValueError when this can't run, however much memory there is."""
         gpus, size, name = self.cluster.gpus, self.sequence_ranks, self.stage.name
         if gpus % size:
             raise ValueError(f"run.sequence_parallel_size={size} does not divide the {gpus} ranks")
@@ -208,7 +209,7 @@ class StageCase:
 
     @cached_property
     def rollout_passes(self) -> list[ModelPass]:
-        """The passes of a rollout. There is none when the model isn't needed, or when a clip is a single chunk."""
+        """The passes of a rollout; none when the model isn't needed, or when a clip is a single chunk."""
         return self.stage.history.rollout_passes(self.chunk_sizes)
 
     @property
@@ -217,7 +218,7 @@ class StageCase:
 
     @property
     def rollout_share(self) -> float:
-        """The share of micro-steps that roll out: those in which a clip of any replica needs it."""
+        """The share of micro-steps that roll out: those in which some replica has a clip that needs it."""
         return self.stage.history.rollout_probability(self.micro_batch * self.replicas) if self.rolls_out else 0.0
 
     @property
@@ -245,9 +246,9 @@ class StageCase:
     def reused_parameters(self) -> int:
         """Parameters that ZeRO-3 keeps gathered from forward to backward.
 
-        A block stays while less than stage3_max_reuse_distance elements are used before it is needed again. These are
-        the blocks after it, and the same blocks again in backward: once, or twice with recomputation. Rollouts under
-        hooks spoil the trace that this rests on.
+        A block stays gathered if fewer than stage3_max_reuse_distance elements are used before it is needed again.
+        These are the elements of the blocks after it: once in forward, and in backward once, or twice with
+        recomputation. Rollouts under ZeRO-3's hooks spoil the trace that this needs.
         """
         if self.zero.stage == 2 or (self.rolls_out and not self.gather_for_rollout):
             return 0
@@ -269,7 +270,7 @@ class QueryCount(NamedTuple):
 
 
 def query_counts(case: StageCase, model_pass: ModelPass, last_block: bool) -> list[QueryCount]:
-    """The queries of a pass. In the last block only the noisy chunks ask."""
+    """The queries of a pass. In the last block only noisy chunks have queries."""
     first = model_pass.history[0].index if model_pass.history else model_pass.noisy[0].index
     earlier = list(range(first)) if model_pass.cached else []
     chunks = earlier + [chunk.index for chunk in model_pass.history]
@@ -283,10 +284,12 @@ def query_counts(case: StageCase, model_pass: ModelPass, last_block: bool) -> li
 
 
 def pass_flop(case: StageCase, model_pass: ModelPass, captions: bool) -> dict[str, float]:
-    """Forward FLOP of one clip's pass.
+    """Forward FLOP of one clip's pass, by part.
 
-    A linear layer takes 2 FLOP per weight and token, attention 4 D per pair of tokens.
-    `captions`: cross-attention's keys and values are made; with a cache only the first pass makes them.
+    A linear layer takes 2 FLOP per weight and token, attention 4 D per pair of tokens. `captions`: whether
+    cross-attention's keys and values are computed; with a cache only the first pass computes them. Parts: "first", the
+    layers that read the inputs; "ends", the other layers outside the blocks; "linear", "cross" and "attention", those
+    in the blocks.
     """
     m, square = case.recipe.model, case.tokens_per_frame**2
     pairs, pairs_last = (
@@ -302,7 +305,7 @@ def pass_flop(case: StageCase, model_pass: ModelPass, captions: bool) -> dict[st
     first = both * m.channels * m.patch**2 * m.dim + frames * m.freq_dim * m.dim + text * m.text_dim * m.dim
     ends = frames * 7 * weights + text * weights + noisy * m.dim * m.channels * m.patch**2
     return {
-        "first": 2.0 * first,  # their inputs want no gradient
+        "first": 2.0 * first,  # their inputs need no gradient
         "ends": 2.0 * ends,
         "linear": 2.0 * linear,
         "cross": 4.0 * cross,
@@ -315,8 +318,8 @@ def flop(case: StageCase) -> dict[str, float]:
     """FLOP of a step, all ranks: forward, its recomputation, backward and rollout.
 
     Backward takes twice the FLOP of forward in linear layers, and 5 products to forward's 2 in attention. Attention
-    counts the pairs of tokens that are computed: with a window those that may be read; with routing, as it is done
-    today, all that a dense stage reads, because SDPA multiplies what its mask forbids.
+    counts the pairs of tokens that are computed. With a window these are the pairs that may be read. With routing they
+    are those of dense attention, because SDPA computes masked pairs, too.
     """
     forward = pass_flop(case, case.training_pass, captions=True)
     backward = forward["first"] + 2 * (forward["ends"] + forward["linear"])
@@ -371,8 +374,8 @@ class StepTraffic:
 def collective_traffic(total: float, group: int, gpus_per_node: int) -> Traffic:
     """Bytes that a GPU receives when a group of ranks gathers `total` bytes, or reduces and scatters them.
 
-    The least there can be: a node fetches the share of the other nodes once, through the links of all its GPUs, and
-    hands it around inside.
+    This is a lower bound: a node fetches the share of the other nodes once, through the links of all its GPUs, and
+    distributes it inside.
     """
     nodes = max(1, group // gpus_per_node)
     between = total * (nodes - 1) / nodes / min(group, gpus_per_node)
@@ -406,8 +409,8 @@ def step_traffic(case: StageCase) -> StepTraffic:
     found["all-to-all"] = all_to_all(case)
     host = 0.0
     if zero.offload_optimizer:
-        # Gradient sums go out, and come in to be added to. AdamW reads four numbers per parameter and writes three.
-        # Then EMA, and the weights back.
+        # Gradient sums go to the host; to add to them, they come back first. AdamW reads four numbers per parameter
+        # and writes three. Then the EMA is updated, and the weights come back.
         host += case.parameters_per_rank * (4 * (2 * turns - 1) + 28 + 12 + value_bytes)
     if zero.offload_parameters:
         fetched = 2 - case.reused_parameters / total + rollout / total
@@ -418,8 +421,8 @@ def step_traffic(case: StageCase) -> StepTraffic:
 def all_to_all(case: StageCase) -> Traffic:
     """What a GPU receives for Ulysses (Jacobs et al., section 3.2).
 
-    In each block's pass a rank sends (S - 1) / S of its tokens' q, k, v and output, S ranks per clip; and as much in
-    backward.
+    With R ranks per clip, a rank sends (R - 1) / R of the q, k, v and output of its tokens in each block's forward, and
+    as much in its backward.
     """
     model, ranks = case.recipe.model, case.sequence_ranks
     if ranks == 1:
@@ -437,7 +440,7 @@ def all_to_all(case: StageCase) -> Traffic:
 
 
 def times(case: StageCase) -> dict[str, float]:
-    """Seconds of a step at least, each as if nothing else were in its way. The step's floor is the largest."""
+    """Lower bounds for the seconds of a step: the time of each resource alone. The step takes at least the largest."""
     cluster, traffic = case.cluster, step_traffic(case)
     return {
         "compute": sum(flop(case).values()) / (cluster.gpus * cluster.flops * cluster.mfu),

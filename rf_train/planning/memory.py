@@ -1,7 +1,7 @@
 """Memory that a stage of a recipe takes on a GPU, item by item and phase by phase, in bytes.
 
-Counted from what the code keeps; nothing is fitted. In formulas, D is model.dim, and `a` the bytes of a weight or
-activation.
+It is counted from what the code keeps; nothing is fitted. In formulas, D is model.dim, and `a` is the bytes of a weight
+or activation.
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ ROOM = 0.10  # of a GPU's memory, left to the CUDA context, NCCL and the allocat
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes on a GPU. The peak is the largest phase with the states: phases are never there at once."""
+    """Bytes on a GPU. The peak is the states plus the largest phase, because phases never overlap."""
 
-    states: dict[str, int]  # from the first step to the last
+    states: dict[str, int]  # what is there from the first step to the last
     phases: dict[str, dict[str, int]]  # {phase: items}
     host: int  # bytes of host memory per GPU
 
@@ -37,7 +37,7 @@ class MemoryNeed:
 
 @cache
 def memory(case: StageCase) -> MemoryNeed:
-    """What a stage needs."""
+    """The memory that a stage needs."""
     copies, zero = gathered_bytes(case), case.zero
     summed = (
         4 * case.parameters_per_rank if zero.stage == 2 and case.micro_steps > 1 and not zero.offload_optimizer else 0
@@ -70,9 +70,9 @@ def fits(case: StageCase) -> bool:
 
 
 def state_bytes(case: StageCase) -> dict[str, int]:
-    """What stays from the first step to the last.
+    """What is there from the first step to the last.
 
-    Rajbhandari et al., ZeRO, section 3.1, with fp32 gradient sums and an average added.
+    As in Rajbhandari et al., ZeRO, section 3.1, plus fp32 gradient sums and the average.
     """
     zero, a, own = case.zero, case.value_bytes, case.parameters_per_rank
     on_gpu = 0 if zero.offload_optimizer else own
@@ -90,9 +90,9 @@ def state_bytes(case: StageCase) -> dict[str, int]:
 
 
 def bucket_bytes(case: StageCase) -> int:
-    """The buffer in which gradients go to be reduced; two of them under ZeRO-2 with overlap_comm.
+    """The buffer in which gradients are reduced; two of them under ZeRO-2 with overlap_comm.
 
-    On a CPU what was never written isn't resident.
+    On a CPU, memory that was never written isn't resident.
     """
     size = case.zero.bucket * (2 if case.zero.stage == 2 and case.zero.overlap else 1)
     used = size if case.cluster.device == "cuda" else min(size, case.parameters)
@@ -102,8 +102,9 @@ def bucket_bytes(case: StageCase) -> int:
 def clip_bytes(case: StageCase) -> int:
     """A micro-batch as every rank has it, in fp32, and the rotary tables.
 
-    Clips, their noise, captions, noised clips, and the history unless it is the clip itself. The tables, complex, stay
-    once they are made: those of both streams and of the rollout's chunks; a pass joins them.
+    The micro-batch: clips, their noise, captions, noised clips, and the history unless it is the clip itself. The
+    complex tables of both streams and of the rollout's chunks are cached, and a training pass joins those of both
+    streams into another one.
     """
     model, clip, history = case.recipe.model, case.clip, case.stage.history
     latent = case.micro_batch * model.channels * clip.height * clip.width
@@ -119,7 +120,8 @@ def clip_bytes(case: StageCase) -> int:
 def host_bytes(case: StageCase) -> int:
     """Host memory of a rank with offloading.
 
-    Masters, moments, average, gradient sums twice (DeepSpeed's buffer and AdamW's); parameters.
+    An offloaded optimizer: masters, moments, average, and gradient sums twice (DeepSpeed's buffer and AdamW's).
+    Offloaded parameters: this rank's slices.
     """
     optimizer = 24 * case.parameters_per_rank * case.zero.offload_optimizer
     return optimizer + case.value_bytes * case.parameters_per_rank * case.zero.offload_parameters
@@ -129,16 +131,16 @@ def host_bytes(case: StageCase) -> int:
 
 
 def rms_saved(case: StageCase, tokens: int) -> int:
-    """nn.RMSNorm over D.
+    """What nn.RMSNorm over D keeps for backward.
 
-    Fused on a GPU: input, 1 / rms. Elsewhere: input and normalised input, both fp32, and 1 / rms.
+    Fused on a GPU: input and 1 / rms. Elsewhere: input and normalised input, both fp32, and 1 / rms.
     """
     width = case.recipe.model.dim
     return tokens * (case.value_bytes * width + 4) if case.cluster.device == "cuda" else tokens * (8 * width + 4)
 
 
 def attention_saved(case: StageCase, last: bool) -> dict[str, int]:
-    """What self-attention keeps for backward in one block. `last`: the noisy stream alone asks."""
+    """What one block's self-attention keeps for backward. `last`: the last block, with only noisy queries."""
     model, a = case.recipe.model, case.value_bytes
     noisy, both = case.tokens(case.clip.frames), case.tokens(case.clip.frames + case.history_frames)
     asking = noisy if last else both
@@ -156,8 +158,8 @@ def attention_saved(case: StageCase, last: bool) -> dict[str, int]:
 def routing_saved(case: StageCase, last: bool, top_k: int) -> tuple[int, int]:
     """Routing's (copies of keys and values, masks), as `attention.routed_block` makes them, one block per chunk.
 
-    The history and the own keys of a noisy chunk don't stand together, so both are copied. Where there are more than
-    top_k earlier chunks, SDPA makes of the bool mask [B, H, queries, keys] one in the activations' type, and keeps it.
+    The keys of history and the own keys of a noisy chunk are not contiguous, so both are copied. With more than top_k
+    earlier chunks, SDPA converts the bool mask [B, H, queries, keys] to the activations' dtype, and keeps that.
     """
     model, a, copied, masks = case.recipe.model, case.value_bytes, 0, 0
     heads, tokens = model.heads // case.sequence_ranks, case.tokens_per_frame
@@ -172,9 +174,9 @@ def routing_saved(case: StageCase, last: bool, top_k: int) -> tuple[int, int]:
 def block_saved(case: StageCase, last: bool) -> dict[str, int]:
     """What one block keeps for backward without recomputation, by class of tensor, in the order of `transformer.Block`.
 
-    `last`: the last block, whose history tokens end at keys and values. With fp32 weights `.float()` copies nothing;
-    with bf16 it is a copy. Layer norms and modulations compute in fp32 in both cases. Linear layers keep their inputs,
-    `addcmul` its factors.
+    `last`: the last block, in which history tokens only give keys and values. With fp32 weights `.float()` copies
+    nothing; with bf16 it is a copy. Layer norms and modulations compute in fp32 in both cases. Linear layers keep their
+    inputs, `addcmul` keeps its factors.
     """
     model, a, clips = case.recipe.model, case.value_bytes, case.micro_batch
     dim, text = model.dim, clips * model.text_len
@@ -202,7 +204,7 @@ def block_saved(case: StageCase, last: bool) -> dict[str, int]:
 
 
 def ends_saved(case: StageCase) -> tuple[int, int]:
-    """What is kept by (the layers before the blocks, the layers after them)."""
+    """What is kept for backward by (the layers before the blocks, the layers after them)."""
     model, a, clips = case.recipe.model, case.value_bytes, case.micro_batch
     frames, text = case.clip.frames + case.history_frames, clips * model.text_len
     latent = clips * model.channels * case.clip.height * case.clip.width
@@ -219,11 +221,11 @@ def ends_saved(case: StageCase) -> tuple[int, int]:
 
 
 def activation_bytes(case: StageCase) -> dict[str, tuple[int, int]]:
-    """A training pass, where it may peak: (what blocks keep, the rest) at the end of "forward" and in "backward".
+    """A training pass where it may peak, at the end of "forward" and in "backward": (what blocks keep, the rest).
 
-    In backward a block has most at the second layer of its ffn: nothing of it is freed yet. The gradients of the
-    residual stream, of the ffn's output, of its hidden layer and of that layer's weight are there, too. This peak is in
-    the last block, or in the block before it, whose history tokens go through all of its layers.
+    In backward a block needs most at the second layer of its ffn, because nothing of the block is freed yet. It also
+    has the gradients of the residual stream, of the ffn's output, of its hidden layer and of that layer's weight. The
+    peak is in the last block or in the block before it, where history tokens go through all layers.
     """
     model, a = case.recipe.model, case.value_bytes
     before, after = ends_saved(case)
@@ -255,7 +257,7 @@ def activation_bytes(case: StageCase) -> dict[str, tuple[int, int]]:
 
 
 def reducing_bytes(case: StageCase) -> int:
-    """What reducing gradients takes while activations peak in backward."""
+    """Memory that reducing gradients takes while activations peak in backward."""
     if case.cluster.device != "cuda":  # elsewhere nothing overlaps, and a bucket is empty when activations peak
         return 0
     zero, reducing = case.zero, 0
@@ -272,7 +274,7 @@ def gathered_bytes(case: StageCase) -> dict[str, int]:
     """Gathered parameters at the peak of "rollout", "forward" and "backward".
 
     A gather fills a flat buffer and copies each parameter out of it. The buffer of a prefetch stays until the last of
-    its parameters is used. One rank alone gathers nothing.
+    its parameters is used. A single rank gathers nothing.
     """
     zero, a, total = case.zero, case.value_bytes, case.parameters
     if zero.stage == 2 or (case.cluster.gpus == 1 and not zero.offload_parameters):
@@ -284,7 +286,7 @@ def gathered_bytes(case: StageCase) -> dict[str, int]:
     if case.gather_for_rollout or not case.rolls_out:
         in_backward = a * (live + (buffer if live < total else 0))
         return {"rollout": a * (total + block), "forward": a * (live + buffer), "backward": in_backward}
-    # Rollouts under hooks spoil the trace that prefetch needs.
+    # Rollouts under ZeRO-3's hooks spoil the trace that prefetching needs.
     return {"rollout": a * (live + buffer), **dict.fromkeys(("forward", "backward"), a * (live + block))}
 
 
@@ -296,7 +298,7 @@ def rollout_cache_bytes(case: StageCase) -> int:
     frames, scratch = case.history_frames, largest
     if isinstance(case.attention, Window):
         frames = min(frames, (case.attention.window + 1 + case.attention.sink) * largest)
-    elif case.cluster.device == "cpu":  # written: all history but the newest chunk, and that one as the noisy one
+    elif case.cluster.device == "cpu":  # only what is written: cached history, and the newest chunk as a noisy one
         scratch = 0
     dtype = torch.bfloat16 if case.value_bytes == 2 else torch.float32
     tokens, heads = (frames + scratch) * case.tokens_per_frame, model.heads // case.sequence_ranks
@@ -305,7 +307,7 @@ def rollout_cache_bytes(case: StageCase) -> int:
 
 
 def rollout_working_bytes(case: StageCase) -> int:
-    """One pass of a rollout besides cache and parameters: the larger of attention and ffn, and a mask."""
+    """One pass of a rollout, without cache and parameters: the larger of attention and ffn, and a mask."""
     if not case.rolls_out:
         return 0
     model, a, sizes = case.recipe.model, case.value_bytes, case.chunk_sizes
@@ -318,18 +320,17 @@ def rollout_working_bytes(case: StageCase) -> int:
     mask = 0
     if isinstance(case.attention, Routed) and len(sizes) - 2 > case.attention.top_k:
         pairs = sizes[-2] * sum(sizes[:-1]) * case.tokens_per_frame**2
-        mask = (
-            (a + 2) * case.micro_batch * model.heads // case.sequence_ranks * pairs
-        )  # bool twice, and as SDPA wants it
+        # bool twice, and once in the activations' dtype for SDPA
+        mask = (a + 2) * case.micro_batch * model.heads // case.sequence_ranks * pairs
     return int(tokens * model.dim * max(attention, ffn)) + mask
 
 
 def step_working_bytes(case: StageCase) -> int:
-    """The optimizer step: gradients of a sub-group flattened, and AdamW's temporaries.
+    """The optimizer step: the flattened gradients of a sub-group, and AdamW's temporaries.
 
-    These are one as large on a GPU (foreach), two on a CPU. Or, if that is more, the end of backward: the last bucket
-    is copied on its way to be reduced, and once more by gloo, whose reduce-scatter is an all-reduce of a copy. ZeRO-2
-    then has its bucket and new gradients beside the sum.
+    There is one temporary of the same size on a GPU (foreach), and two on a CPU. If the end of backward needs more, it
+    counts instead: the last bucket is copied to be reduced. gloo copies it again, because its reduce-scatter is an
+    all-reduce of a copy. Under ZeRO-2 the bucket and the new gradients are there, too, besides the sum.
     """
     zero, elements = case.zero, 0 if case.zero.offload_optimizer else case.parameters_per_rank
     copies = 2 if zero.stage == 3 and case.cluster.device == "cpu" and case.cluster.gpus > 1 else 1

@@ -1,4 +1,4 @@
-"""The settings to take: every way to run a recipe on a cluster, priced, and the fastest that fits."""
+"""The recommended settings: of all ways to run a recipe on a cluster, the fastest that fits."""
 
 import math
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ from rf_train.planning.memory import ROOM, fits, memory
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found. Without settings that run and fit, `cases` is empty and `why` says the smallest need."""
+    """What a search found. If no settings run and fit, `cases` is empty, and `why` gives the smallest need."""
 
-    cases: tuple[StageCase, ...]  # the recipe's stages under the settings to take
+    cases: tuple[StageCase, ...]  # the recipe's stages with the recommended settings
     why: str
 
     @property
@@ -27,7 +27,7 @@ class Found:
         return peak_of(self.cases)
 
     def plain(self) -> dict:
-        """As JSON."""
+        """The same as plain values, ready for JSON."""
         if not self.cases:
             return {"overrides": None, "why": self.why}
         costs = {"seconds": [seconds(case) for case in self.cases], "peak": self.peak}
@@ -35,7 +35,7 @@ class Found:
 
 
 def overrides(recipe: Recipe) -> list[str]:
-    """The settings that a search varies, as the command line takes them."""
+    """The settings that a search varies, as `a.b=c` for the command line."""
     run = recipe.run
     return [
         f"run.deepspeed={run.deepspeed}",
@@ -51,7 +51,7 @@ def stage_cases(recipe: Recipe, clips: list[Clip], cluster: Cluster, zero: ZeroS
 
 
 def candidates(recipe: Recipe, clips: list[Clip], cluster: Cluster) -> Iterator[tuple[StageCase, ...]]:
-    """Every setting that can run all stages, as its case of each stage."""
+    """Yields every combination of settings that can run all stages, as one case per stage."""
     own = read_zero(recipe.run.deepspeed)
     zeros = {zero.file: zero for zero in [own, *map(read_zero, shipped_jsons())]}
     usable = [zero for zero in zeros.values() if zero.secondary == 1 or zero.secondary < cluster.gpus]
@@ -84,7 +84,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def price(cases: tuple[StageCase, ...]) -> tuple:
-    """What a search minimises: seconds of all steps; then those on links, hidden or not; then memory."""
+    """What a search minimises: seconds of all steps, then seconds on links, overlapped or not, then peak memory."""
     total = sum(case.stage.steps * seconds(case) for case in cases)
     moving = sum(case.stage.steps * (sum(times(case).values()) - times(case)["compute"]) for case in cases)
     return float(f"{total:.9g}"), float(f"{moving:.9g}"), peak_of(cases)
@@ -95,14 +95,14 @@ def peak_of(cases: tuple[StageCase, ...]) -> int:
 
 
 def best(recipe: Recipe, clips: list[Clip], cluster: Cluster) -> Found:
-    """The cheapest settings that fit in one job for all stages."""
+    """The best settings (see `price`) that fit, in one job for all stages."""
     priced = sorted(candidates(recipe, clips, cluster), key=price)
     limit = f"{(1 - ROOM) * cluster.memory / GIB:.1f} GiB"
     if not priced:
         batches = ", ".join(str(batch) for batch in sorted({stage.batch for stage in recipe.stages}))
         rule = (
-            f"run.sequence_parallel_size must divide them, {recipe.model.heads} heads and a latent frame's tokens, "
-            "and the ranks by run.sequence_parallel_size the batch"
+            f"run.sequence_parallel_size must divide the ranks, the {recipe.model.heads} heads and the tokens of a "
+            "latent frame, and the number of replicas (ranks / run.sequence_parallel_size) must divide the batch"
         )
         return Found((), f"no setting splits batch {batches} over {cluster.gpus} ranks: {rule}")
     chosen = next((cases for cases in priced if all(fits(case) for case in cases)), None)
@@ -117,7 +117,7 @@ def best(recipe: Recipe, clips: list[Clip], cluster: Cluster) -> Found:
         pairs = zip(overrides(nearest[0].recipe), overrides(chosen[0].recipe))
         changed = " ".join(theirs for theirs, ours in pairs if theirs != ours)
         why = f"{len(faster)} of {len(priced)} would rank before it but don't fit in {limit}; "
-        why += f"of these {changed} needs least, {peak_of(nearest) / GIB:.1f}"
+        why += f"the smallest of these, with {changed}, needs {peak_of(nearest) / GIB:.1f}"
     return Found(chosen, why)
 
 

@@ -22,7 +22,7 @@ def quick_fit(monkeypatch):
 
 @pytest.fixture
 def videos(tmp_path):
-    """Three sound videos, of 12, 20 and 7 pictures a 16th of a second long each, two with captions."""
+    """Three valid videos of 12, 20 and 7 frames at 16 frames per second, two of them with captions."""
     folder = tmp_path / "videos"
     (folder / "more").mkdir(parents=True)
     write(folder / "b.mp4", frames=12, fps=16)
@@ -105,7 +105,7 @@ def test_again_does_nothing_and_elsewhere_makes_the_same_bytes(videos, tmp_path,
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
     capsys.readouterr()
     assert run(videos, out, "--fps", "16.0") == 0
-    assert "stands already" in capsys.readouterr().out
+    assert "exists already" in capsys.readouterr().out
     assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()} == before
     assert run(videos, other) == 0
     assert {path.name: path.read_bytes() for path in other.iterdir()} == {
@@ -175,7 +175,7 @@ def test_nothing_usable_is_an_error_and_no_dataset(tmp_path, capsys):
     out = tmp_path / "data"
     assert run(folder, out) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error == f"error: {folder}: not one clip could be made, of 2 videos: 1 no video stream, 1 not a video"
+    assert error == f"error: {folder}: no clip could be made from 2 videos: 1 no video stream, 1 not a video"
     assert list(out.iterdir()) == []
 
 

@@ -261,7 +261,7 @@ def roll_out_differently_on_this_rank(recipe: dict, kind: str) -> str:
             return made
 
     class NeedsItOnOneRank(Autoregressive, kind="needs_it_on_one_rank"):
-        """Says on rank 1 that it needs no rollout: the skip that comes to mind first."""
+        """Says on rank 1 that it needs no rollout: the most obvious way to skip one."""
 
         def needs_rollout(self, batch):
             return os.environ["RANK"] == "0"

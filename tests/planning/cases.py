@@ -1,4 +1,4 @@
-"""A stage of a tiny model on a tiny cluster; and the step that training makes of it, to compare costs with."""
+"""A stage of a tiny model on a tiny cluster, and the training step that its costs are compared with."""
 
 from dataclasses import replace
 

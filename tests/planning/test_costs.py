@@ -1,4 +1,4 @@
-"""What a step costs: FLOP are those that torch counts, traffic is the least there can be."""
+"""What a step costs: FLOP are those that torch counts, traffic is the minimum."""
 
 from dataclasses import replace
 

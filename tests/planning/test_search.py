@@ -1,4 +1,4 @@
-"""The settings to take: all that run are tried, and the cheapest that fit are found."""
+"""The recommended settings: all that run are tried, and the best that fit are found."""
 
 from dataclasses import replace
 
