@@ -91,7 +91,7 @@ def train(recipe: Recipe) -> None:
             log.log(step, stage.name, stage.batch, {**metrics, "lr": engine.learning_rate})
             if len(skipped) >= recipe.optimizer.max_skipped:
                 raise TooManySkippedSteps(skipped_message(recipe, step, skipped))
-            if wants_checkpoint(recipe, step + 1, bool(skipped)):
+            if checkpoint_is_due(recipe, step + 1, bool(skipped)):
                 saved = checkpoint.save(Path(recipe.run.out), step + 1, state)
                 if ranks.rank == 0:
                     ends = {span.end for span in recipe.stage_spans}
@@ -182,7 +182,7 @@ def learning_rate(stage: Stage, step_in_stage: int) -> float:
     return falling * min(1.0, (step_in_stage + 1) / (stage.warmup + 1))
 
 
-def wants_checkpoint(recipe: Recipe, done: int, skipped: bool) -> bool:
+def checkpoint_is_due(recipe: Recipe, done: int, skipped: bool) -> bool:
     """Whether to save a checkpoint after `done` steps. While steps are skipped, none is saved but at the last step."""
     due = done % recipe.run.save_every == 0 or done in {span.end for span in recipe.stage_spans}
     return due and (not skipped or done == recipe.steps)

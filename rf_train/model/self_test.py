@@ -130,12 +130,8 @@ def check_cached(model: CausalWan, clip: ProbeClip, attention: Attention) -> Non
             model, noisy=clip.noisy[:, :, frames], t=clip.t[:, frames], history=newest, text=clip.text,
             attention=attention, noisy_chunk=index, kv_cache=cache,
         )  # fmt: skip
-        compare(
-            f"cached = parallel' failed ({attention.kind} attention), chunk {index + 1}",
-            one,
-            parallel[:, frames],
-            model,
-        )
+        where = f"({attention.kind} attention), chunk {index + 1}"
+        check_equal("cached = parallel", where, one, parallel[:, frames], model)
         newest = None if clip.history is None else clip.history[:, :, frames]
 
 
@@ -144,12 +140,13 @@ def check_routing(model: CausalWan, clip: ProbeClip) -> None:
     arguments = {"noisy": clip.noisy, "t": clip.t, "history": clip.history, "text": clip.text}
     all_chunks = Routed(top_k=max(1, len(clip.sizes) - 1))
     dense, routed = (features(model, **arguments, attention=attention) for attention in (Dense(), all_chunks))
-    compare("routed with top_k >= N = dense' failed", routed, dense, model)
+    check_equal("routed with top_k >= N = dense", f"({len(clip.sizes)} chunks)", routed, dense, model)
 
 
-def compare(name: str, one: Tensor, other: Tensor, model: CausalWan) -> None:
+def check_equal(check: str, where: str, one: Tensor, other: Tensor, model: CausalWan) -> None:
     """Raises SelfTestError when the largest difference is above the tolerance of the model's dtype."""
     distance, spread = (one - other).abs().max().item(), other.std().item()
     allowed = TOLERANCE[model.proj_out.weight.dtype] * spread
     if not distance <= allowed:
-        raise SelfTestError(f"self-test '{name}: the difference is {distance:.2g}, at most {allowed:.2g} is allowed")
+        found = f"the difference is {distance:.2g}, at most {allowed:.2g} is allowed"
+        raise SelfTestError(f"self-test '{check}' failed {where}: {found}")

@@ -217,7 +217,7 @@ class StageCase:
         return bool(self.rollout_passes)
 
     @property
-    def rollout_share(self) -> float:
+    def rollout_probability(self) -> float:
         """The share of micro-steps that roll out: those in which some replica has a clip that needs it."""
         return self.stage.history.rollout_probability(self.micro_batch * self.replicas) if self.rolls_out else 0.0
 
@@ -337,7 +337,7 @@ def flop(case: StageCase) -> dict[str, float]:
         f"attention ({case.attention.kind})": forward["attention"],
         "backward": backward,
         "recomputation": recomputed,
-        "rollout": rollout * case.rollout_share,
+        "rollout": rollout * case.rollout_probability,
     }
     return {name: case.stage.batch * value for name, value in parts.items()}
 
@@ -388,7 +388,7 @@ def step_traffic(case: StageCase) -> StepTraffic:
     zero, value_bytes, cluster = case.zero, case.value_bytes, case.cluster
     total, turns, gpus, node = case.parameters, case.micro_steps, cluster.gpus, cluster.gpus_per_node
     rollout_gathers = 1 if case.gather_for_rollout else len(case.rollout_passes)
-    rollout = total * rollout_gathers * case.rollout_share
+    rollout = total * rollout_gathers * case.rollout_probability
     found: dict[str, Traffic] = {}
     if zero.stage == 3:
         training = 2 * total - case.reused_parameters
@@ -430,7 +430,7 @@ def all_to_all(case: StageCase) -> Traffic:
     both, noisy = case.tokens(case.training_pass.frames), case.tokens(case.clip.frames)
     once = 4 * both * (model.layers - 1) + 2 * (both + noisy)
     tokens: float = once * (2 if model.checkpointing == "none" else 3)
-    tokens += 4 * model.layers * case.tokens(sum(p.frames for p in case.rollout_passes)) * case.rollout_share
+    tokens += 4 * model.layers * case.tokens(sum(p.frames for p in case.rollout_passes)) * case.rollout_probability
     total = case.micro_steps * case.value_bytes * model.dim * tokens
     near = min(ranks, case.cluster.gpus_per_node)
     return Traffic(total * (near - 1) / ranks, total * (ranks - near) / ranks)

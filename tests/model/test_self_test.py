@@ -8,7 +8,7 @@ from rf_train.model import attention, kv_cache, rope, transformer
 from rf_train.model import self_test as self_test_module
 from rf_train.model.chunks import Attention, Dense, Routed, Window
 from rf_train.model.kv_cache import LayerKVCache
-from rf_train.model.self_test import SelfTestError, compare, self_test
+from rf_train.model.self_test import SelfTestError, check_equal, self_test
 from rf_train.model.transformer import CausalWan
 from tests.conftest import tiny_settings
 
@@ -19,7 +19,9 @@ ATTENTIONS = [Dense(), Routed(top_k=2), Window(window=1)]
 @pytest.mark.parametrize("first_chunk", [3, 1])
 def test_a_sound_model_passes(tiny_model, monkeypatch, chunks, first_chunk):
     compared = []
-    monkeypatch.setattr(self_test_module, "compare", lambda *given: (compared.append(given[0]), compare(*given)))
+    monkeypatch.setattr(
+        self_test_module, "check_equal", lambda *given: (compared.append(given[0]), check_equal(*given))
+    )
     self_test(tiny_model(first_chunk=first_chunk), chunks, ATTENTIONS)
     assert len(compared) == len(ATTENTIONS) * min(chunks, 4) + 1  # every chunk under every attention, and routing
 

@@ -65,8 +65,8 @@ def check_flop(case) -> None:
     rollout, training = counted_flop(case)
     planned = flop(case)
     assert bool(rollout) == case.rolls_out
-    assert planned["rollout"] == pytest.approx(rollout * case.rollout_share, rel=1e-3)
-    assert sum(planned.values()) == pytest.approx(training + rollout * case.rollout_share, rel=1e-3)
+    assert planned["rollout"] == pytest.approx(rollout * case.rollout_probability, rel=1e-3)
+    assert sum(planned.values()) == pytest.approx(training + rollout * case.rollout_probability, rel=1e-3)
 
 
 def test_every_kind_of_attention_is_tried():
@@ -102,13 +102,13 @@ def test_a_clip_of_a_single_chunk_has_no_rollout(history):
 def test_a_mixed_history_costs_what_it_does_in_the_end(probability, same):
     mixed, other = (tiny_case(kind, gpus=16, device="cuda") for kind in (Mixed(probability=probability), same))
     assert flop(mixed) == flop(other) and step_traffic(mixed) == step_traffic(other)
-    assert times(mixed) == times(other) and mixed.rollout_share == float(same == "autoregressive")
+    assert times(mixed) == times(other) and mixed.rollout_probability == float(same == "autoregressive")
 
 
 def test_a_mixed_history_rolls_out_as_soon_as_one_clip_of_a_micro_step_needs_it():
     always, mixed = (tiny_case(kind, gpus=4) for kind in ("autoregressive", Mixed(probability=0.25)))
     share = 1 - 0.75**8  # two clips on each of four ranks
-    assert mixed.rollout_share == share and flop(mixed)["rollout"] == share * flop(always)["rollout"]
+    assert mixed.rollout_probability == share and flop(mixed)["rollout"] == share * flop(always)["rollout"]
     gathers, all_gathers = (step_traffic(case).by_purpose["gathers in rollouts"] for case in (mixed, always))
     assert gathers.inside == pytest.approx(share * all_gathers.inside)
 
