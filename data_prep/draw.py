@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data_prep.command import require_finite, run_command
 from data_prep.files import write_atomic
 from data_prep.geometry import parse_size
 from data_prep.video import write_video
@@ -206,17 +207,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shapes", default="2-3", help="fewest and most shapes in a video (default 2-3)")
     options = parser.parse_args(arguments)
-    try:
-        frames = round(options.seconds * options.fps) if options.frames is None else options.frames
-        size, shapes = parse_size(options.size), parse_range(options.shapes)
-        settings = DrawSettings(options.videos, frames, size, options.fps, options.seed, shapes)
-        written = draw(options.out, settings)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: draw_as_asked(options))
+
+
+def draw_as_asked(options: argparse.Namespace) -> None:
+    """What the command line asks for. Prints a line on what was made."""
+    require_finite(seconds=options.seconds, fps=options.fps)
+    frames = round(options.seconds * options.fps) if options.frames is None else options.frames
+    size, shapes = parse_size(options.size), parse_range(options.shapes)
+    settings = DrawSettings(options.videos, frames, size, options.fps, options.seed, shapes)
+    written = draw(options.out, settings)
     now = f"({written} drawn now)" if written else "exist already, nothing to do"
     print(f"{options.out}: {options.videos} videos of {frames} frames {now}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from data_prep.card import CARD, SCHEMA, read_card, write_card
 from data_prep.codecs import Codec, open_codec
+from data_prep.command import run_command
 from data_prep.default_codec import CODEC_FILE, FIT_CLIPS, DefaultCodec
 from data_prep.geometry import LatentGeometry, parse_size
 from data_prep.shards import ShardWriter, to_float16
@@ -302,22 +303,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--samples-per-shard", type=int, default=256)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="for wan and umt5")
     options = parser.parse_args(arguments)
-    try:
-        cuda = torch.cuda.is_available()
-        if options.device == "cuda" and not cuda:
-            raise ValueError("--device cuda: no usable GPU here")
-        device = ("cuda" if cuda else "cpu") if options.device == "auto" else options.device
-        size, shard = parse_size(options.size), options.samples_per_shard
-        settings = EncodeSettings(options.fps, size, options.frames, options.codec, options.text, shard, device)
-        card = encode(options.src, options.out, settings)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    counts = card["counts"]
+    return run_command(lambda: encode_as_asked(options))
+
+
+def encode_as_asked(options: argparse.Namespace) -> None:
+    """What the command line asks for. Prints a line on what was made."""
+    cuda = torch.cuda.is_available()
+    if options.device == "cuda" and not cuda:
+        raise ValueError("--device cuda: no usable GPU here")
+    device = ("cuda" if cuda else "cpu") if options.device == "auto" else options.device
+    size, shard = parse_size(options.size), options.samples_per_shard
+    settings = EncodeSettings(options.fps, size, options.frames, options.codec, options.text, shard, device)
+    counts = encode(options.src, options.out, settings)["counts"]
     skipped = ", ".join(f"{n} {reason}" for reason, n in counts["skipped"].items()) or "none"
     made = f"{counts['samples']} samples in {counts['shards']} shards from {counts['videos']} videos"
     print(f"{options.out}: {made}; skipped: {skipped}; {counts['dropped_seconds']:.1f} s of remainders dropped")
-    return 0
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def _manifest(path: Path) -> Iterator[tuple[int, object]]:
                 for line, text in enumerate(file, start=1):
                     if text.strip():
                         yield line, json.loads(text)
-        except (csv.Error, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (csv.Error, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path}: does not parse ({error})") from None
 
 

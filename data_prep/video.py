@@ -4,6 +4,7 @@ Frames are uint8 [H, W, 3] RGB. Times are exact fractions, in seconds since the 
 may start anywhere, run at a variable rate or jump. Only its timestamps say when a frame is on screen.
 """
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -211,12 +212,12 @@ def _shown_from(path: str | Path, container: Any, stream: Any, start: Fraction) 
         yield from _from_first_frame(_Decoder(path, container, stream).shown())
         return
     origin = next(_Decoder(path, container, stream).shown())[0]
-    container.seek(int((origin + start) / stream.time_base), stream=stream)
-    frames = _Decoder(path, container, stream).shown()
-    try:
+    frames: Iterator[_Shown] = iter(())
+    head: _Shown | None = None
+    with contextlib.suppress(VideoError, av.FFmpegError, OverflowError):  # a raw stream can't be searched
+        container.seek(int((origin + start) / stream.time_base), stream=stream)
+        frames = _Decoder(path, container, stream).shown()
         head = next(frames)
-    except VideoError:
-        head = None
     if head is None or head[0] > origin + start:  # nothing there, or too far: read from the beginning
         with _open(path) as again:
             yield from _from_first_frame(_Decoder(path, again, _video_stream(path, again)).shown())
@@ -239,7 +240,7 @@ def _video_stream(path: str | Path, container: Any) -> Any:
     stream = best_stream(container)
     if stream is None:
         raise VideoError(path, "no video stream")
-    stream.thread_type = "AUTO"
+    stream.codec_context.thread_count = 1  # with more threads, damaged files decode differently each time
     return stream
 
 

@@ -365,6 +365,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the launcher
     options = parser.parse_args(arguments)
+    for name in ("chunks", "tokens", "heads", "side", "frames", "rounds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
     lines, figures = BENCHES[options.name](options)
     if figures:
         print("\n".join([*lines, json.dumps(figures)]), flush=True)

@@ -10,13 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from rf_train.diffusion.flow_matching import FlowSettings
 from rf_train.diffusion.histories import Autoregressive, History
 from rf_train.model.chunks import Attention, Dense
 from rf_train.model.settings import ModelSettings
-from rf_train.settings import from_plain, require, set_by_path, to_plain
+from rf_train.settings import (
+    from_plain,
+    parse_yaml,
+    require,
+    require_at_least,
+    require_positive,
+    set_by_path,
+    to_plain,
+)
 
 SHIPPED = Path(__file__).parent / "recipes"
 
@@ -35,7 +41,7 @@ class Stage:
 
     name: str = "stage"
     steps: int = 1000
-    history: History = field(default_factory=Autoregressive)  # clean | noise | parallel | autoregressive | mixed
+    history: History = field(default_factory=Autoregressive)  # one of rf_train/diffusion/histories.py
     attention: Attention = field(default_factory=Dense)  # dense | window | routed
     frames: int = 0  # latent frames of a clip; 0 = the dataset's
     data: str = ""  # dataset folder; "" = data.train
@@ -45,9 +51,9 @@ class Stage:
     warmup: int = 0  # steps of linear learning-rate warm-up at the start of the stage
 
     def validate(self) -> None:
-        require(self.steps >= 1 and self.batch >= 1, "steps and batch must be at least 1")
-        require(self.frames >= 0 and self.warmup >= 0, "frames and warmup must not be negative")
-        require(self.lr > 0 and self.lr_end >= 0, "lr must be positive, lr_end not negative")
+        require_at_least(1, self, "steps", "batch")
+        require_at_least(0, self, "frames", "warmup", "lr_end")
+        require_positive(self, "lr")
 
 
 @dataclass(frozen=True)
@@ -64,10 +70,12 @@ class OptimizerSettings:
     micro_batch: int = 1  # clips per replica and micro-step; the number of micro-steps follows from the stage's batch
 
     def validate(self) -> None:
-        positive = self.micro_batch >= 1 and self.max_skipped >= 1
-        require(positive, "optimizer.micro_batch and optimizer.max_skipped must be at least 1")
-        require(self.max_grad_norm >= 0, "optimizer.max_grad_norm must not be negative; 0 = no clipping")
-        require(0 <= self.ema < 1, f"optimizer.ema={self.ema} is not in [0, 1)")
+        require_at_least(1, self, "micro_batch", "max_skipped")
+        require_at_least(0, self, "max_grad_norm", "weight_decay")
+        require_positive(self, "eps")
+        for name in ("beta1", "beta2", "ema"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"{name}={value} is not in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -93,8 +101,8 @@ class RunSettings:
         require(
             self.precision in ("auto", "bf16", "fp32"), f"run.precision={self.precision!r}: choose auto, bf16 or fp32"
         )
-        require(self.sequence_parallel_size >= 1, "run.sequence_parallel_size must be at least 1")
-        require(self.save_every >= 1 and self.keep >= 1, "run.save_every and run.keep must be at least 1")
+        require_at_least(1, self, "sequence_parallel_size", "save_every", "keep")
+        require(bool(self.out), "run.out is empty; it is the folder that the run writes")
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,7 @@ class StartSettings:
     step: int = 0  # which of its checkpoints; 0 = its newest
 
     def validate(self) -> None:
+        require_at_least(0, self, "step")
         require(
             not (self.weights and self.run), "start.weights and start.run are both set; a run starts from one of them"
         )
@@ -182,13 +191,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     raw = read_plain(path)
     for override in overrides:
         key, equals, value = override.partition("=")
-        if not equals or not key:
+        if not equals or not all(key.split(".")):
             raise ValueError(f"{override!r}: an override is written a.b=c")
         try:
-            set_by_path(raw, key, yaml.safe_load(value))
-        except yaml.YAMLError:
-            raise ValueError(f"{override!r}: the value is not YAML") from None
-    return from_dict(raw)
+            parsed = parse_yaml(value)
+        except ValueError as error:
+            raise ValueError(f"{key}: the value is {error}") from None
+        set_by_path(raw, key, parsed)
+    try:
+        return from_dict(raw)
+    except ValueError as error:
+        raise ValueError(f"{error} (recipe {path})") from None
 
 
 def read_plain(path: Path) -> dict:
@@ -196,9 +209,9 @@ def read_plain(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{path}: no such recipe file")
     try:
-        raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        raw = parse_yaml(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: a recipe is a mapping of sections, got {type(raw).__name__}")
     return raw

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data_prep.command import run_command
 from data_prep.files import write_json
 from data_prep.geometry import LatentGeometry
 from data_prep.video import write_video
@@ -29,6 +30,7 @@ from rf_train.model.transformer import VelocityModel, pad_text
 from rf_train.video_metrics import VIDEO_METRICS, SegmentPair, compare
 
 Span = tuple[int, int]  # latent frames [begin, end)
+REPORTED = {metric.name for metric in VIDEO_METRICS}
 
 
 def segments(frames: int, given: int, length: int) -> list[Span]:
@@ -152,10 +154,14 @@ def evaluate_history(generator: Generator, dataset: LatentDataset, clips: int, b
 
 def evaluate_run(options: argparse.Namespace) -> dict:
     """Runs the evaluation of the command line, unless its result exists already. Returns the result."""
+    if min(options.clips, options.given_chunks, options.batch) < 1:
+        raise ValueError("--clips, --given-chunks and --batch must be at least 1")
     generator = open_run(options.run, options.overrides, options.step)
     folder = options.data or generator.recipe.data.evaluation
     if not folder:
         raise ValueError("no dataset to evaluate on: give --data FOLDER or set data.evaluation in the recipe")
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: no such folder; give --data FOLDER, a dataset of long held-out clips")
     dataset = LatentDataset(folder, generator.recipe.model)
     for part in ("codec", "text"):
         if dataset.card[part]["hash"] != generator.card[part]["hash"]:
@@ -167,7 +173,7 @@ def evaluate_run(options: argparse.Namespace) -> dict:
     request = {key: value for key, value in vars(options).items() if key not in ("run", "data")}
     request.update(step=generator.step, data=str(folder))
     path = out / "evaluation.json"
-    if path.is_file() and json.loads(path.read_text()).get("request") == request:
+    if read_evaluation(Path(options.run)).get("request") == request:
         print(f"{path}: exists already")
     else:
         out.mkdir(parents=True, exist_ok=True)
@@ -175,7 +181,22 @@ def evaluate_run(options: argparse.Namespace) -> dict:
         result = evaluate(generator, dataset, options, out)
         history = evaluate_history(generator, dataset, options.clips, options.batch, options.seed)
         write_json(path, {"request": request, **result, "history": history})
-    return json.loads(path.read_text())
+    return read_evaluation(Path(options.run))
+
+
+def read_evaluation(run: Path) -> dict:
+    """A run's evaluation.json; {} without one. Raises ValueError for a file that `evaluate_run` didn't write."""
+    path = run / "evaluation" / "evaluation.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); remove it, and evaluate again") from None
+    wanted = {"request", "metrics", "rows", "segments_seconds", "clips", "given_seconds", "trained_seconds", "fps"}
+    if not isinstance(found, dict) or not wanted <= found.keys() or not found["metrics"].keys() >= REPORTED:
+        raise ValueError(f"{path}: not an evaluation of this version; remove it, and evaluate again")
+    return found
 
 
 def table(result: dict) -> str:
@@ -213,14 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--step", type=int, default=0, help="the checkpoint's step (default: the newest)")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings, e.g. flow.sampling_steps=16")
     options = parser.parse_intermixed_args(arguments)
-    try:
-        if min(options.clips, options.given_chunks, options.batch) < 1:
-            raise ValueError("--clips, --given-chunks and --batch must be at least 1")
-        print(table(evaluate_run(options)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: print(table(evaluate_run(options))))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from data_prep.card import card_geometry, read_card
 from data_prep.codecs import Codec, dataset_codec
+from data_prep.command import require_finite, run_command
 from data_prep.geometry import LatentGeometry
 from data_prep.text import dataset_text
 from data_prep.video import read_frames, write_video
@@ -133,6 +134,7 @@ def first_frames(generator: Generator, video: str | Path, chunks: int) -> Tensor
 
 def generate(options: argparse.Namespace) -> str:
     """Writes the video that the command line asks for. Returns the line that says what was made."""
+    check_options(options)
     generator = open_run(options.run, options.overrides, options.step)
     fps = generator.card["video"]["fps"]
     pixel_frames = max(1, round(options.seconds * fps))
@@ -155,6 +157,7 @@ def check_options(options: argparse.Namespace) -> None:
     """Raises ValueError for invalid options."""
     if not options.prompt and not options.video:
         raise ValueError("give --prompt TEXT, --video FILE or both")
+    require_finite(seconds=options.seconds)
     if options.seconds <= 0:
         raise ValueError(f"--seconds {options.seconds}: must be positive")
     if options.given_chunks < 1:
@@ -175,13 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--step", type=int, default=0, help="the checkpoint's step (default: the newest)")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings, e.g. flow.guidance=3")
     options = parser.parse_intermixed_args(arguments)
-    try:
-        check_options(options)
-        print(generate(options))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: print(generate(options)))
 
 
 if __name__ == "__main__":

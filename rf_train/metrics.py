@@ -27,7 +27,7 @@ class MicroStepResult:
 
     x: Tensor  # [B, C, F, H, W] the clean clips
     history: Tensor | None  # [B, C, F', H, W] the history that the loss was conditioned on
-    history_level: Tensor  # [B] the noise level that each clip's history was made from; 0 = the truth
+    history_level: Tensor  # [B] the noise level that each clip's history was made from; 0 = without noise
     loss_by_chunk: Tensor  # [B, N]
     t: Tensor  # [B, N] noise levels of the noisy chunks
     chunk_sizes: list[int]

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from data_prep.command import require_finite, run_command
 from data_prep.geometry import parse_size
 from rf_train import config
 from rf_train.config import Recipe, Stage
@@ -274,6 +275,7 @@ def peak_bytes() -> int:
 def cluster_of(options: argparse.Namespace) -> Cluster:
     """The cluster that the command line describes."""
     for name in ("gpus", "node", "gpu_memory", "inside", "between", "host", "flops", "mfu"):
+        require_finite(**{name: getattr(options, name)})
         if not getattr(options, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive")
     node = min(options.node, options.gpus)
@@ -317,23 +319,23 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
-    try:
-        cluster = cluster_of(options)
-        recipe = config.load(config.recipe_path(options.recipe), options.overrides)
-        clips = [clip_of(recipe, position, parse_size(options.size)) for position in range(len(recipe.stages))]
-        if options.measure:
-            lines, figures = measure(recipe, clips)
-        elif options.markdown:
-            lines, figures = markdown(recipe, Path(options.recipe).name.removesuffix(".yaml"), clips, cluster)
-        else:
-            lines, figures = report(recipe, options.recipe, clips, cluster)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: plan_as_asked(options))
+
+
+def plan_as_asked(options: argparse.Namespace) -> None:
+    """Prints what the command line asks for."""
+    cluster = cluster_of(options)
+    recipe = config.load(config.recipe_path(options.recipe), options.overrides)
+    clips = [clip_of(recipe, position, parse_size(options.size)) for position in range(len(recipe.stages))]
+    if options.measure:
+        lines, figures = measure(recipe, clips)
+    elif options.markdown:
+        lines, figures = markdown(recipe, Path(options.recipe).name.removesuffix(".yaml"), clips, cluster)
+    else:
+        lines, figures = report(recipe, options.recipe, clips, cluster)
     print("\n".join(lines))
     if options.json:
         print(json.dumps(figures))
-    return 0
 
 
 if __name__ == "__main__":

@@ -9,25 +9,27 @@ import argparse
 import base64
 import html
 import io
-import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
 
+from data_prep.command import run_command
 from data_prep.files import write_atomic
 from data_prep.video import read_frames
 from rf_train import config
+from rf_train.evaluate import read_evaluation
 from rf_train.metrics import METRICS, Metric
 from rf_train.run_log import read_rows
 from rf_train.video_metrics import VIDEO_METRICS
 
 COLOURS = ("#0b6bcb", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#0e7490")
 GREY = "#8c959f"
+REQUIRED = ("step", "stage", "loss", "seconds", "samples_per_s", "rollout_share")  # of each row of metrics.jsonl
 
 STYLE = """
 :root { color-scheme: light; }
@@ -52,16 +54,20 @@ class RunRecord:
         self.folder, self.colour = Path(folder), colour
         if not (self.folder / "recipe.yaml").is_file():
             raise ValueError(f"{folder}: not a run, it has no recipe.yaml")
-        self.name = self.folder.resolve().name
-        self.recipe = config.from_dict(yaml.safe_load((self.folder / "recipe.yaml").read_text()))
+        self.name = os.fsencode(self.folder.resolve().name).decode(errors="replace")
+        # matplotlib leaves names that begin with _ out of its legends
+        self.label = f"\u200b{self.name}" if self.name.startswith("_") else self.name
+        self.recipe = config.load(self.folder / "recipe.yaml")
         self.rows = read_rows(self.folder / "metrics.jsonl")
         if not self.rows:
             raise ValueError(f"{folder}: its metrics.jsonl holds no steps yet")
+        missing = [key for key in REQUIRED if any(key not in row for row in self.rows)]
+        if missing:
+            raise ValueError(f"{folder}: its metrics.jsonl has rows without {', '.join(missing)}")
         self.rows = [row for row in self.rows if row["loss"] is not None]
         if not self.rows:
             raise ValueError(f"{folder}: its metrics.jsonl holds no step with a finite loss")
-        path = self.folder / "evaluation" / "evaluation.json"
-        self.evaluation: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        self.evaluation = read_evaluation(self.folder)
 
     def rows_between(self, begin: int, end: int) -> list[dict]:
         """The rows of steps begin + 1 .. end."""
@@ -117,7 +123,7 @@ def loss_plot(runs: list[RunRecord]) -> str:
     for run in runs:
         steps, loss = [row["step"] for row in run.rows], [row["loss"] for row in run.rows]
         axes.plot(steps, loss, color=run.colour, alpha=0.15, linewidth=0.7)
-        label: str | None = run.name
+        label: str | None = run.label
         for _, begin, end in run.recipe.stage_spans:
             rows = run.rows_between(begin, end)
             if rows:
@@ -161,11 +167,11 @@ def draw_metric(axes: Any, metric: Metric, runs: list[RunRecord]) -> None:
             counts = np.sum(rows, axis=0)
             if counts.sum():
                 edges = np.linspace(0, 1, len(counts) + 1)
-                axes.stairs(counts * len(counts) / counts.sum(), edges, color=run.colour, label=run.name)
+                axes.stairs(counts * len(counts) / counts.sum(), edges, color=run.colour, label=run.label)
             continue
         mean = means(rows)
         x = np.arange(1, len(mean) + 1) if plot.x == "chunk" else (np.arange(len(mean)) + 0.5) / len(mean)
-        axes.plot(x, mean, color=run.colour, marker="o", markersize=3, label=run.name)
+        axes.plot(x, mean, color=run.colour, marker="o", markersize=3, label=run.label)
     if plot.x == "chunk":
         axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel=plot.x, ylabel=plot.y, title=plot.title)
@@ -180,7 +186,7 @@ def quality_plot(runs: list[RunRecord]) -> str:
             shift = 0.12 * (position - (len(runs) - 1) / 2)
             middle = [sum(span) / 2 + shift for span in run.evaluation["segments_seconds"]]
             mean, std = [c["mean"] for c in cells], [c["std"] for c in cells]
-            style = {"marker": "o", "markersize": 4, "capsize": 3, "label": run.name}
+            style = {"marker": "o", "markersize": 4, "capsize": 3, "label": run.label}
             axes.errorbar(middle, mean, std, color=run.colour, **style)
         axes.axvline(run.evaluation["trained_seconds"], color=GREY, linewidth=0.8, linestyle=":")
         if metric.better == "near 1":
@@ -247,7 +253,7 @@ def quality_table(runs: list[RunRecord]) -> str:
 
 
 def history_table(runs: list[RunRecord]) -> str:
-    """How far the history that training reads is from what a fine solver would make, by chunk."""
+    """How far a self-resampled history is from what a fine solver would make, by chunk."""
     rows = []
     for run in runs:
         history = run.evaluation.get("history")
@@ -266,7 +272,7 @@ def history_table(runs: list[RunRecord]) -> str:
     width = max(len(row) for row in rows)
     heads = ["x\u0303", *(f"chunk {n}" for n in range(1, width))]
     padded = [row + [""] * (width - len(row)) for row in rows]
-    made = "The history that training reads, made from held-out clips with the trained weights: "
+    made = "Self-resampled history, made from held-out clips with the trained weights: "
     return f"<p>{made}root mean square distances by chunk.</p>" + html_table(heads, padded)
 
 
@@ -315,6 +321,8 @@ def extra_videos(run: RunRecord) -> str:
 def picture(runs: list[RunRecord], clips: int = 2, columns: int = 8, scale: int = 2) -> Image.Image:
     """Frames of the first clips side by side: a row for the truth and for each run, columns evenly over time."""
     rows = []
+    if not runs:
+        raise ValueError("--picture: no run has been evaluated yet; run rf_train.evaluate first")
     for _, videos in clip_rows(runs)[:clips]:
         for _, path in videos:
             fps = runs[0].evaluation["fps"]
@@ -390,17 +398,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", help="the page to write (default: report.html in the first run)")
     parser.add_argument("--picture", metavar="FILE.png", help="also write frames of the videos side by side")
     options = parser.parse_args(arguments)
-    try:
-        runs = [RunRecord(folder, COLOURS[i % len(COLOURS)]) for i, folder in enumerate(options.runs)]
-        out = Path(options.out or Path(options.runs[0]) / "report.html")
-        write_atomic(out, page(runs))
-        if options.picture:
-            picture(comparable_runs(runs)).save(options.picture)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: report_as_asked(options))
+
+
+def report_as_asked(options: argparse.Namespace) -> None:
+    """Writes what the command line asks for. Prints a line about it."""
+    runs = [RunRecord(folder, COLOURS[i % len(COLOURS)]) for i, folder in enumerate(options.runs)]
+    out = Path(options.out or Path(options.runs[0]) / "report.html")
+    write_atomic(out, page(runs))
+    if options.picture:
+        picture(comparable_runs(runs)).save(options.picture)
     print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB")
-    return 0
 
 
 if __name__ == "__main__":

@@ -81,11 +81,14 @@ def read_rows(path: Path) -> list[dict]:
     """The rows of a metrics.jsonl. A last line that was cut by a crash is left out."""
     rows: list[dict] = []
     if path.is_file():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
                 break
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                break
+            rows.append(row)
     return rows
 
 

@@ -17,13 +17,15 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor
 
+from data_prep.command import BAD_INPUT, INTERRUPTED, one_line
 from data_prep.files import write_atomic
 from rf_train import config
 from rf_train.config import Recipe, Stage
 from rf_train.data.batches import micro_steps, open_datasets, steps
 from rf_train.data.latent_dataset import LatentDataset
 from rf_train.diffusion.batch import Batch
-from rf_train.diffusion.histories import make_history
+from rf_train.diffusion.histories import History, make_history
+from rf_train.diffusion.history_check import check_history
 from rf_train.diffusion.loss import training_loss
 from rf_train.engine import checkpoint
 from rf_train.engine.checkpoint import TrainingState
@@ -60,6 +62,7 @@ def train(recipe: Recipe) -> None:
         deepspeed=complete_settings(recipe, ranks.device.type, ranks.world_size),
         data={name: dataset.summary() for name, dataset in datasets.items()},
     )
+    Path(recipe.run.out).mkdir(parents=True, exist_ok=True)
     engine = build_engine(recipe, ranks)
     state = TrainingState(engine, recipe.optimizer.ema)
     first = restore(recipe, state)
@@ -108,7 +111,7 @@ def train_step(engine: Engine, step: int, batches: list[Batch], recipe: Recipe, 
     for a skipped step, the ids of the clips whose loss isn't finite, on all ranks.
     """
     device = engine.ranks.device
-    check_same_shapes(step, batches)
+    check_same_shapes(step, batches, stage.history)
     rolls_out = true_on_any_rank([stage.history.needs_rollout(batch) for batch in batches])
     metrics, rollout_seconds, begin, applied = StepMetrics(), 0.0, clock(device), True
     for batch, needed in zip(batches, rolls_out):
@@ -139,12 +142,13 @@ def degraded_history(
         return make_history(stage.history, batch, stage.attention, model)
 
 
-def check_same_shapes(step: int, batches: list[Batch]) -> None:
+def check_same_shapes(step: int, batches: list[Batch], history: History) -> None:
     """Raises ValueError, on every rank, when ranks have batches of different shapes."""
     names = ("batch", "channels", "latent frames", "latent height", "latent width")
     chunks = len(batches[0].chunk_sizes)
     shape = dict(zip(names, batches[0].x.shape))
-    check_same_on_ranks(f"step {step + 1}", step=step, **{"micro-steps": len(batches)}, chunks=chunks, **shape)
+    counts = {"micro-steps": len(batches), "passes of a rollout": len(history.rollout_passes(batches[0].chunk_sizes))}
+    check_same_on_ranks(f"step {step + 1}", step=step, **counts, chunks=chunks, **shape)
 
 
 def check_split(recipe: Recipe, datasets: dict[str, LatentDataset], ranks: Ranks) -> None:
@@ -161,11 +165,13 @@ def check_split(recipe: Recipe, datasets: dict[str, LatentDataset], ranks: Ranks
 
 
 def check_model(recipe: Recipe, engine: Engine, datasets: dict[str, LatentDataset]) -> None:
-    """Runs the self-test on the engine's model, with the recipe's chunks and attentions."""
+    """Runs the self-test on the engine's model, and makes the history of each stage once, on random clips."""
     frames = [datasets[recipe.dataset_of(stage)].clip_frames(stage) for stage in recipe.stages]
-    chunks = max(len(engine.chunking.sizes(count)) for count in frames)
+    chunks = [len(engine.chunking.sizes(count)) for count in frames]
     with engine.gathered_parameters(blocks=None if recipe.run.gather_for_rollout else 2) as model:
-        self_test(model, chunks, [stage.attention for stage in recipe.stages])
+        self_test(model, max(chunks), [stage.attention for stage in recipe.stages])
+        for stage, count in zip(recipe.stages, chunks):
+            check_history(stage.history, model, stage.attention, count)
 
 
 def clock(device: torch.device) -> float:
@@ -280,9 +286,12 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         with naming_lost_peers():
             train(recipe)
-    except (ValueError, RunError) as error:
+    except (ValueError, RunError, OSError) as error:
         print_error(error, rank)
-        return 2
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return INTERRUPTED
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -296,7 +305,7 @@ def print_error(error: Exception, rank: int) -> None:
     """
     if rank and not isinstance(error, (PeerLost, RolloutMismatch)):
         time.sleep(5)
-    print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+    print(f"error{f' on rank {rank}' if rank else ''}: {one_line(error)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

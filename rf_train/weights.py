@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from data_prep.command import run_command
 from data_prep.files import write_json
 from rf_train import config
 from rf_train.engine import checkpoint
@@ -234,13 +235,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options = parser.parse_args(arguments)
-    try:
+
+    def export_as_asked() -> None:
         out = export(options.run, options.out, options.step, options.weights, getattr(torch, options.dtype))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{out}: {sum(path.stat().st_size for path in out.iterdir()) / 2**20:.1f} MiB")
-    return 0
+        print(f"{out}: {sum(path.stat().st_size for path in out.iterdir()) / 2**20:.1f} MiB")
+
+    return run_command(export_as_asked)
 
 
 if __name__ == "__main__":

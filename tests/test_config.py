@@ -44,13 +44,29 @@ def test_stages_follow_one_another(recipe_file):
         ("stages.0.steps=many", "stages.0.steps: expected int, got 'many'"),
         ("stages.0.steps=true", "stages.0.steps: expected int"),
         ("stages.7.steps=3", "is not a position in a list of 2"),
-        ("stages.0.history=teacher", "choose one of clean, noise, parallel, autoregressive"),
+        ("stages.0.history=teacher", "stages.0.history='teacher': choose one of clean, "),
         ("model.dim=97", "model.dim=97 is not a multiple of model.heads=4"),
         ("stages=[]", "a recipe needs at least one"),
         ("stages.1.name=a", "names must differ"),
         ("run.wandb=maybe", "choose offline, online or disabled"),
         ("run.sequence_parallel_size=3", "run.sequence_parallel_size=3 does not divide model.heads=4"),
         ("run", "an override is written a.b=c"),
+        (".=1", "an override is written a.b=c"),
+        ("run.wandb_mode=offline", "run.wandb_mode: unknown setting; did you mean run.wandb?"),
+        ("model.heads=0", "model.heads=0 must be at least 1"),
+        ("model.eps=.nan", "model.eps: nan is not a number that can be meant"),
+        ("stages.0.lr=.inf", "stages.0.lr: inf is not a number that can be meant"),
+        ("stages.0.lr=" + 400 * "9", "is not a number that can be meant"),
+        ("stages.0.steps=" + 400 * "9", "is not a number that can be meant"),
+        ("stages.0.steps=" + 5000 * "9", "stages.0.steps: the value is not YAML"),
+        ("stages.0.steps=" + 9000 * "[", "nested too deeply"),
+        ("stages.0.steps=0", "stages.0.steps=0 must be at least 1"),
+        ("stages.²=1", "'²' is not a position in a list of 2"),
+        ("stages.0=", "stages.0: expected a mapping, got None"),
+        ("optimizer.beta1=5", "optimizer.beta1=5.0 is not in [0, 1)"),
+        ("start.step=-5", "start.step=-5 must be at least 0"),
+        ("run.out=", "run.out is empty"),
+        ("run={out: a, out: b}", "'out' is there twice"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(recipe_file, override, message):
@@ -59,10 +75,15 @@ def test_what_is_wrong_is_said_in_one_line(recipe_file, override, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_name_that_is_near_nothing_gets_no_suggestion(recipe_file):
+@pytest.mark.parametrize("name", ["stages.0.q", "model.depth"])
+def test_a_name_that_is_near_nothing_gets_no_suggestion(recipe_file, name):
     with pytest.raises(ValueError) as caught:
-        config.load(recipe_file, ["stages.0.q=1"])
-    assert str(caught.value) == "stages.0.q: unknown setting"
+        config.load(recipe_file, [f"{name}=1"])
+    assert str(caught.value) == f"{name}: unknown setting (recipe {recipe_file})"
+
+
+def test_a_date_is_a_name(recipe_file):
+    assert config.load(recipe_file, ["run.out=2024-13-45"]).run.out == "2024-13-45"
 
 
 def test_files_that_are_no_recipes(tmp_path):
@@ -122,14 +143,14 @@ def test_a_kind_is_a_name_or_a_mapping(recipe_file, overrides, history, attentio
             "stages.0.history.probability=0.5",
             "stages.0.history.probability: unknown setting; 'autoregressive' has t_shift, solver_steps",
         ),
-        ("stages.0.attention.window=0", "stages.0.attention: window must be at least 1, sink at least 0"),
+        ("stages.0.attention.window=0", "stages.0.attention.window=0 must be at least 1"),
         ("stages.0.attention=7", "stages.0.attention: expected the name of a kind or a mapping, got 7"),
     ],
 )
 def test_a_setting_of_another_kind_is_refused_in_one_line(recipe_file, override, message):
     with pytest.raises(ValueError) as caught:
         config.load(recipe_file, [override])
-    assert str(caught.value) == message
+    assert str(caught.value) == f"{message} (recipe {recipe_file})"
 
 
 # ---- a run that is resumed

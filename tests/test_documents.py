@@ -5,12 +5,16 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_prep import draw, encode
-from rf_train import config
+from rf_train import config, metrics
+from rf_train.diffusion import histories
 from rf_train.diffusion.histories import History
-from rf_train.model.chunks import Attention
+from rf_train.diffusion.history_check import check_history
+from rf_train.model.chunks import Attention, Dense
 from tests.distributed import PROJECT
+from tests.step_results import random_result
 
 FOLDERS = ["data_prep", "ds_configs", "slurm", "tests", "rf_train"]
 DOCUMENTS = sorted(
@@ -59,12 +63,35 @@ def test_every_folder_of_code_has_a_map_of_its_files():
                 assert file.name in text or f"rf_train.{file.stem}" in text, f"{folder.name}/README.md: {file.name}"
 
 
+def examples(title: str) -> dict:
+    """What the example in the part `title` of CONTRIBUTING.md defines."""
+    part = (PROJECT / "CONTRIBUTING.md").read_text().split(title)[1]
+    defined: dict = {**vars(histories), **vars(metrics), "__name__": "rf_train.example"}
+    exec(re.search(r"```python\n(.*?)```", part, re.DOTALL)[1], defined)
+    return defined
+
+
+def test_the_example_of_a_history_works(tiny_model):
+    try:
+        history = examples("## To add a history")["Blurred"](probability=0.7)
+        check_history(history, tiny_model(), Dense(), 3)
+    finally:
+        History.kinds.pop("blurred", None)
+
+
+def test_the_example_of_a_metric_works():
+    result = random_result(3, 0)
+    found = examples("## To add a metric")["std_by_chunk"](result)
+    assert found.shape == (3, 2) and torch.allclose(found[1, 0], result.history[1, :, :3].std(correction=0))
+
+
 def test_the_kinds_and_options_are_documented():
     recipes = (PROJECT / "rf_train/recipes/README.md").read_text()
     for base in (History, Attention):
         for kind, cls in base.kinds.items():
             if cls.__module__.startswith("rf_train."):
-                row = next(line for line in recipes.splitlines() if line.startswith(f"| `{kind}`"))
+                row = next((line for line in recipes.splitlines() if line.startswith(f"| `{kind}`")), "")
+                assert row, f"rf_train/recipes/README.md has no row for {kind!r}"
                 assert all(f"`{field.name}`" in row for field in fields(cls)), row
     data = (PROJECT / "data_prep/README.md").read_text()
     for module in (encode, draw):

@@ -196,9 +196,16 @@ def test_the_picture_shows_the_truth_and_every_run(runs, tmp_path):
         (lambda run: (run / "recipe.yaml").unlink(), "not a run, it has no recipe.yaml"),
         (lambda run: (run / "metrics.jsonl").write_text(""), "its metrics.jsonl holds no steps yet"),
         (
-            lambda run: (run / "metrics.jsonl").write_text('{"step": 1, "stage": "forcing", "loss": null}\n'),
+            lambda run: (run / "metrics.jsonl").write_text(json.dumps(dict.fromkeys(report.REQUIRED) | {"step": 1})),
             "its metrics.jsonl holds no step with a finite loss",
         ),
+        (lambda run: (run / "metrics.jsonl").write_text('{"step": 1}\n'), "rows without stage, loss, seconds"),
+        (lambda run: (run / "metrics.jsonl").write_text("5\n{}\n"), "its metrics.jsonl holds no steps yet"),
+        (lambda run: (run / "recipe.yaml").write_text("a: [\nb"), "recipe.yaml: not YAML"),
+        (lambda run: (run / "recipe.yaml").write_text("5"), "recipe.yaml: a recipe is a mapping"),
+        (lambda run: (run / "evaluation/evaluation.json").write_text("{"), "evaluation.json: not JSON"),
+        (lambda run: (run / "evaluation/evaluation.json").write_text("[]"), "not an evaluation of this version"),
+        (lambda run: (run / "evaluation/evaluation.json").write_text('{"metrics": {}}'), "of this version"),
     ],
 )
 def test_a_folder_that_is_no_run_gets_one_line(tmp_path, capsys, change, message):
@@ -209,6 +216,28 @@ def test_a_folder_that_is_no_run_gets_one_line(tmp_path, capsys, change, message
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
     assert not (run / "report.html").exists()
+
+
+def test_a_picture_needs_an_evaluated_run(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    (run / "evaluation/evaluation.json").unlink()
+    assert report.main([str(run), "--picture", str(tmp_path / "p.png")]) == 2
+    assert "no run has been evaluated yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["_under", "\udcff"])
+def test_an_odd_name_is_in_the_legends(tmp_path, name):
+    run = write_run(tmp_path / name)
+    assert report.main([str(run), "--out", str(tmp_path / "r.html")]) == 0
+    shown = name if name == "_under" else "\ufffd"
+    assert re.search(rf"<text[^>]*>\u200b?{shown}</text>", (tmp_path / "r.html").read_text())
+
+
+def test_nothing_is_left_of_a_page_that_could_not_be_written(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    (tmp_path / "folder").mkdir()
+    assert report.main([str(run), "--out", str(tmp_path / "folder")]) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "run"]
 
 
 # ---- a new metric

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 
 from rf_train import config, train
@@ -14,6 +15,7 @@ from rf_train.config import Stage
 from rf_train.data import batches
 from rf_train.diffusion.batch import Batch
 from rf_train.engine import checkpoint, deepspeed_json
+from rf_train.engine.collectives import Ranks
 from rf_train.run_log import read_rows
 from tests.conftest import write_dataset
 from tests.distributed import PROJECT, free_port, rank_environment, run_distributed
@@ -58,13 +60,15 @@ ZERO_2 = {"deepspeed": "ds_configs/zero2.json"}
 def test_a_nan_on_one_rank_skips_the_step_on_all_and_training_goes_on(plain_run, tmp_path, run):
     recipe = recipe_dict(plain_run.data, tmp_path, **run)
     recipe["stages"] = recipe["stages"][:1]
-    assert run_distributed(train_with_nan_on_this_rank, 2, recipe=recipe, rank_with_nan=1, steps=[2]) == [None, None]
+    recipe["optimizer"]["max_skipped"] = 2  # in a row: these are not
+    broken = {"recipe": recipe, "rank_with_nan": 1, "steps": [2, 4]}
+    assert run_distributed(train_with_nan_on_this_rank, 2, **broken) == [None, None]
     rows = read_rows(tmp_path / "metrics.jsonl")
-    assert [row["skipped"] for row in rows] == [0, 0, 1, 0, 0, 0, 0, 0]
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 0, 1, 0, 0, 0]
     assert rows[2]["clips_not_finite"] == 2 and rows[3]["clips_not_finite"] == 0
     newest = checkpoint.latest(tmp_path)
     manifest = checkpoint.verified(newest)
-    assert manifest["optimizer_steps"] == manifest["average_steps"] == 7
+    assert manifest["optimizer_steps"] == manifest["average_steps"] == 6
     for kind in checkpoint.KINDS:
         assert all(tensor.isfinite().all() for tensor in checkpoint.read_weights(newest, kind).values())
     if not run:
@@ -86,6 +90,23 @@ def test_ten_in_a_row_stop_the_run_with_the_clips_named_and_nothing_saved(plain_
         assert all(name in text for batch in of_rank_1 for name in batch.ids)
     # Neither every second step nor the first stage's end: all of them were skipped.
     assert checkpoint.step_of(checkpoint.latest(tmp_path)) == 4
+
+
+# ---- folders that can't be written
+
+
+@pytest.mark.parametrize("out", ["/proc/none/run", "file", "file/run"])
+def test_a_folder_that_cannot_be_made_is_one_line(plain_run, tmp_path, monkeypatch, capsys, out):
+    """Before anything is built."""
+    (tmp_path / "file").write_text("mine")
+    recipe = recipe_dict(plain_run.data, tmp_path / out)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr(train, "start_ranks", lambda: Ranks(0, 1, torch.device("cpu")))
+    monkeypatch.setattr(train, "check_same_settings", lambda **_: None)
+    monkeypatch.setattr(train, "build_engine", lambda *_: pytest.fail("built"))
+    assert train.main([str(tmp_path / "recipe.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: [Errno") and error.count("\n") == 1
 
 
 # ---- ranks that disagree

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rf_train.settings import require
+from rf_train.settings import require, require_at_least, require_positive
 
 DISTRIBUTIONS = ("logit_normal", "uniform")
 
@@ -28,9 +28,9 @@ class FlowSettings:
     def validate(self) -> None:
         known = self.t_distribution in DISTRIBUTIONS
         require(known, f"flow.t_distribution={self.t_distribution!r}: choose logit_normal or uniform")
-        require(self.t_shift > 0 and self.sampling_shift > 0, "flow.t_shift and flow.sampling_shift must be positive")
+        require_positive(self, "t_shift", "sampling_shift")
         require(0 <= self.caption_dropout <= 1, f"flow.caption_dropout={self.caption_dropout} is not in [0, 1]")
-        require(self.sampling_steps >= 1, "flow.sampling_steps must be at least 1")
+        require_at_least(1, self, "sampling_steps")
 
 
 def over_frames(t: Tensor) -> Tensor:

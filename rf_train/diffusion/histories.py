@@ -8,18 +8,18 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from rf_train.diffusion import flow_matching
 from rf_train.diffusion.batch import Batch
-from rf_train.diffusion.randomness import Draw
+from rf_train.diffusion.randomness import LOSS_DRAWS, Draw
 from rf_train.diffusion.sampling import Branch, denoise_chunk
 from rf_train.model.chunks import Attention, Chunk, ModelPass
 from rf_train.model.transformer import VelocityModel
-from rf_train.settings import Kind, require
+from rf_train.settings import Kind, require, require_at_least, require_positive
 
 
 class History(Kind, ABC):
@@ -28,6 +28,14 @@ class History(Kind, ABC):
     label: ClassVar[str]  # its name in the report
     draws: ClassVar[Mapping[str, Draw]] = {}  # the random numbers that it reads, by purpose
     is_the_clip: ClassVar[bool] = False  # whether x~ is a view of the clip, which takes no memory
+
+    def __init_subclass__(cls, kind: str = "", **keywords: Any) -> None:
+        super().__init_subclass__(kind, **keywords)
+        if kind and not hasattr(cls, "label"):
+            raise TypeError(f"{cls.__name__}: a history needs a `label`, its name in the report")
+        taken = sorted(set(cls.draws) & set(LOSS_DRAWS))
+        if taken:
+            raise TypeError(f"{cls.__name__}: the loss reads the random numbers {', '.join(taken)}; give others a name")
 
     def level(self, batch: Batch) -> Tensor:
         """The noise level that each clip's history is made from: [B]. 0: without noise."""
@@ -59,9 +67,9 @@ def make_history(
     history: History, batch: Batch, attention: Attention, model: VelocityModel | None
 ) -> tuple[Tensor | None, Tensor]:
     """The history x~ [B, C, F', H, W] (None for clips of a single chunk) and the noise level it is made from, [B]."""
-    level = history.level(batch)
     if len(batch.chunk_sizes) == 1:
-        return None, level
+        return None, batch.x.new_zeros(len(batch.x))
+    level = history.level(batch)
     return history.make(batch, level, attention, model), level
 
 
@@ -100,8 +108,8 @@ class Resampled(History):
     draws = {"t_s": Draw("normal", "clip"), "history_noise": Draw("normal", "latent")}
 
     def validate(self) -> None:
-        require(self.t_shift > 0, "t_shift must be positive")
-        require(self.solver_steps >= 1, "solver_steps must be at least 1")
+        require_positive(self, "t_shift")
+        require_at_least(1, self, "solver_steps")
 
     def level(self, batch: Batch) -> Tensor:
         """logit(t_s) ~ N(0, 1), then shifted (eq. 5); one t_s per clip, shared by its chunks."""
@@ -120,7 +128,7 @@ class Parallel(Resampled, kind="parallel"):
 
     def rollout_passes(self, sizes: list[int]) -> list[ModelPass]:
         chunks = _chunks(sizes[:-1])
-        return [ModelPass(chunks, chunks[:-1], cached=False)] * self.solver_steps if chunks else []
+        return [ModelPass(chunks, chunks[:-1])] * self.solver_steps if chunks else []
 
     def make(self, batch: Batch, level: Tensor, attention: Attention, model: VelocityModel | None) -> Tensor:
         assert model is not None
@@ -146,7 +154,7 @@ class Autoregressive(Resampled, kind="autoregressive"):
     def rollout_passes(self, sizes: list[int]) -> list[ModelPass]:
         chunks = _chunks(sizes[:-1])
         return [
-            ModelPass((chunk,), chunks[index - 1 : index] if index and not step else (), cached=True)
+            ModelPass((chunk,), chunks[index - 1 : index] if index and not step else (), cache=0)
             for index, chunk in enumerate(chunks)
             for step in range(self.solver_steps)
         ]

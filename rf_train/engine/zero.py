@@ -69,9 +69,12 @@ class Engine:
         return self.model.new_kv_cache(batch, tokens_per_frame, frames, attention)
 
     def set_batch(self, clips: int) -> None:
-        """Sets the number of clips per step, a stage's batch."""
-        # DeepSpeed assumes that each rank has its own clips.
-        self._inner.set_train_batch_size(clips * self.sequence_parallel_size)
+        """Sets the number of clips of the next step, a stage's batch. Call it before each step."""
+        inner = self._inner
+        inner.set_train_batch_size(clips * self.sequence_parallel_size)  # DeepSpeed gives each rank clips of its own
+        inner.optimizer.gradient_accumulation_steps = inner.gradient_accumulation_steps()
+        # DeepSpeed counts micro-steps from the run's beginning. After a change of the batch its steps would end late.
+        inner.micro_steps = 0
 
     def set_learning_rate(self, rate: float) -> None:
         for group in self._inner.optimizer.param_groups:
@@ -283,6 +286,6 @@ class _CountedPasses:
     def _message(self, made: str) -> str:
         rank = dist.get_rank() if dist.is_initialized() else 0
         return (
-            f"a rollout announced {self._announced} passes and made {made} on rank {rank}: "
-            "under ZeRO-3 a pass is a collective, so all ranks must make the passes of the history's rollout_passes"
+            f"a rollout announced {self._announced} passes and made {made} on rank {rank}: all ranks must make exactly "
+            "the passes that the history's rollout_passes declares"
         )

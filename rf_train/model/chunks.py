@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from rf_train.settings import Kind, require
+from rf_train.settings import Kind, require_at_least
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ModelPass:
 
     noisy: tuple[Chunk, ...]
     history: tuple[Chunk, ...]  # history that this pass computes
-    cached: bool  # whether earlier history is read from the K/V cache
+    cache: int | None = None  # number of the K/V cache that earlier history is read from; None: no cache
 
     @property
     def frames(self) -> int:
@@ -81,7 +81,8 @@ class Window(Attention, kind="window"):
     sink: int = 0
 
     def validate(self) -> None:
-        require(self.window >= 1 and self.sink >= 0, "window must be at least 1, sink at least 0")
+        require_at_least(1, self, "window")
+        require_at_least(0, self, "sink")
 
     def visible(self, query: int, chunks: list[int]) -> list[int]:
         seen = super().visible(query, chunks)
@@ -97,4 +98,4 @@ class Routed(Attention, kind="routed"):
     top_k: int = 5
 
     def validate(self) -> None:
-        require(self.top_k >= 1, "top_k must be at least 1")
+        require_at_least(1, self, "top_k")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from data_prep.geometry import PATCH
 from rf_train.model.chunks import Chunking
-from rf_train.settings import require
+from rf_train.settings import require, require_at_least, require_positive
 
 CHECKPOINTINGS = ("none", "block", "selective")
 
@@ -28,13 +28,15 @@ class ModelSettings:
     checkpointing: str = "block"  # what backward recomputes: block | selective (a block except self-attention) | none
 
     def validate(self) -> None:
+        sizes = ("dim", "ffn_dim", "heads", "layers", "channels", "text_dim", "text_len", "freq_dim", "patch", "chunk")
+        require_at_least(1, self, *sizes, "first_chunk")
+        require_positive(self, "eps")
         require(self.dim % self.heads == 0, f"model.dim={self.dim} is not a multiple of model.heads={self.heads}")
         head = self.head_dim
         require(
             head % 2 == 0 and head >= 8,
             f"a head is {head} wide (model.dim / model.heads); it must be even and at least 8",
         )
-        require(self.chunk >= 1 and self.first_chunk >= 1, "model.chunk and model.first_chunk must be at least 1")
         require(
             self.checkpointing in CHECKPOINTINGS,
             f"model.checkpointing={self.checkpointing!r}: choose one of {', '.join(CHECKPOINTINGS)}",

@@ -205,7 +205,7 @@ class StageCase:
     @cached_property
     def training_pass(self) -> ModelPass:
         chunks = self.recipe.model.chunking.chunks(self.clip.frames)
-        return ModelPass(chunks, chunks[:-1], cached=False)
+        return ModelPass(chunks, chunks[:-1])
 
     @cached_property
     def rollout_passes(self) -> list[ModelPass]:
@@ -272,7 +272,7 @@ class QueryCount(NamedTuple):
 def query_counts(case: StageCase, model_pass: ModelPass, last_block: bool) -> list[QueryCount]:
     """The queries of a pass. In the last block only noisy chunks have queries."""
     first = model_pass.history[0].index if model_pass.history else model_pass.noisy[0].index
-    earlier = list(range(first)) if model_pass.cached else []
+    earlier = list(range(first)) if model_pass.cache is not None else []
     chunks = earlier + [chunk.index for chunk in model_pass.history]
     asking = [(chunk, False) for chunk in model_pass.history if not last_block]
     asking += [(chunk, True) for chunk in model_pass.noisy]
@@ -313,6 +313,12 @@ def pass_flop(case: StageCase, model_pass: ModelPass, captions: bool) -> dict[st
     }
 
 
+def makes_captions(passes: list[ModelPass], position: int) -> bool:
+    """Whether a pass computes the captions' keys and values: each without a cache, and the first with each cache."""
+    own = passes[position].cache
+    return own is None or all(earlier.cache != own for earlier in passes[:position])
+
+
 @cache
 def flop(case: StageCase) -> dict[str, float]:
     """FLOP of a step, all ranks: forward, its recomputation, backward and rollout.
@@ -328,7 +334,7 @@ def flop(case: StageCase) -> dict[str, float]:
     selective = whole_block if case.attention.kind == "routed" else forward["linear"] + forward["cross"]
     recomputed = {"none": 0.0, "block": whole_block, "selective": selective}[case.recipe.model.checkpointing]
     rollout = sum(
-        sum(pass_flop(case, model_pass, captions=not model_pass.cached or position == 0).values())
+        sum(pass_flop(case, model_pass, captions=makes_captions(case.rollout_passes, position)).values())
         for position, model_pass in enumerate(case.rollout_passes)
     )
     parts = {

@@ -292,7 +292,7 @@ def gathered_bytes(case: StageCase) -> dict[str, int]:
 
 def rollout_cache_bytes(case: StageCase) -> int:
     """The rollout's K/V cache, as `CausalWan.new_kv_cache` sizes it, and the keys and values of captions."""
-    if not any(model_pass.cached for model_pass in case.rollout_passes):
+    if not any(model_pass.cache is not None for model_pass in case.rollout_passes):
         return 0
     model, largest = case.recipe.model, case.recipe.model.chunking.largest
     frames, scratch = case.history_frames, largest
@@ -315,7 +315,7 @@ def rollout_working_bytes(case: StageCase) -> int:
     tokens = case.tokens(largest.frames)
     # cached: x, y, q, k, v, output; fp32 copy and product of the rotation
     # else: y, q, k, v, q in the order of the kernel calls, output; its fp32 sum; half of a call's result twice
-    attention = 6 * a + 8.0 if largest.cached else 6 * a + 4 + (a + 4) / 2
+    attention = 6 * a + 8.0 if largest.cache is not None else 6 * a + 4 + (a + 4) / 2
     ffn = 3 * a + 2 * a * model.ffn_dim / model.dim  # x, y, result; hidden layer before and after GELU
     mask = 0
     if isinstance(case.attention, Routed) and len(sizes) - 2 > case.attention.top_k:

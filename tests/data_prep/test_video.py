@@ -297,6 +297,23 @@ def test_damage_in_the_middle_stops_the_reading(tmp_path):
     assert len(frames) < 60 and frames == list(range(len(frames)))
 
 
+def test_damage_is_the_same_each_time(tmp_path):
+    path = write(tmp_path / "video.mkv", frames=60, options={"g": "10", "bf": "3"})
+    data = bytearray(path.read_bytes())
+    for place in np.random.default_rng(1).integers(len(data) // 3, len(data), 12):
+        data[place] ^= 255
+    path.write_bytes(data)
+    found = [reason(path) for _ in range(8)]
+    assert all(other == found[0] for other in found) and found[0][1] is not None
+
+
+@pytest.mark.parametrize("start", [1.2, 3.0, 1e308])
+def test_a_stream_that_cannot_be_searched_is_read_from_its_beginning(tmp_path, start):
+    path = write(tmp_path / "raw.mp4", frames=40, format="h264")  # no container, whatever its name
+    whole, late = numbers(path, 25), numbers(path, 25, start=start)
+    assert len(whole) == 40 and late == whole[round(25 * min(start, 2)) :]
+
+
 def test_bad_arguments():
     for arguments in ({"fps": 0}, {"fps": 16, "start": -1}, {"fps": 16, "start": 2, "end": 1}):
         with pytest.raises(ValueError, match="need fps > 0"):

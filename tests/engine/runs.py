@@ -24,18 +24,21 @@ STEPS = 30
 
 
 def recipe_dict(data: Path, out: Path, micro_batch: int = 1, **run) -> dict:
-    """A recipe of 30 steps through every kind of stage. `run` replaces settings of its section `run`."""
+    """A recipe of 30 steps through every kind of stage. `run` replaces settings of its section `run`.
+
+    One stage has another batch, and not at a multiple of its micro-steps.
+    """
     resampling = {"kind": "autoregressive"}
     long = {"batch": 4, "lr": 1e-3, "data": str(data / "long")}
     return {
         "model": plain_settings(),
         "data": {"train": str(data / "short")},
         "flow": {"caption_dropout": 0.3},
-        "optimizer": {"micro_batch": micro_batch, "ema": 0.9},
+        "optimizer": {"micro_batch": micro_batch, "ema": 0.9, "weight_decay": 0.1, "eps": 1e-5},
         "run": {"out": str(out), "wandb": "disabled", "save_every": 1000, "seed": 4, **run},
         "stages": [
             {"name": "forcing", "history": "clean", "steps": 8, "batch": 4, "lr": 2e-3, "lr_end": 1e-3, "warmup": 2},
-            {"name": "resampling", "history": resampling, "steps": 5, "batch": 4, "lr": 1e-3},
+            {"name": "resampling", "history": resampling, "steps": 5, "batch": 12, "lr": 1e-3, "lr_end": 5e-4},
             {"name": "mixed", "history": {"kind": "mixed", "probability": 0.3}, "steps": 6, "batch": 4, "lr": 1e-3},
             {"name": "long", "history": resampling, "attention": {"kind": "window", "window": 2, "sink": 1}, "steps": 5}
             | long,

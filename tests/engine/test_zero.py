@@ -266,11 +266,18 @@ def roll_out_differently_on_this_rank(recipe: dict, kind: str) -> str:
         def needs_rollout(self, batch):
             return os.environ["RANK"] == "0"
 
-    assert {SkipsPasses, AddsPasses, NeedsItOnOneRank}
+    class DeclaresOthers(Autoregressive, kind="declares_others"):
+        """Declares twice the passes on rank 1."""
+
+        def rollout_passes(self, sizes):
+            return super().rollout_passes(sizes) * (1 + int(os.environ["RANK"]))
+
+    assert {SkipsPasses, AddsPasses, NeedsItOnOneRank, DeclaresOthers}
+    train.check_history = lambda *_: None  # it would find some of them at the start
     recipe["stages"] = [{**recipe["stages"][1], "history": kind}]
     try:
         train.train(config.from_dict(recipe))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         dist.destroy_process_group()  # as the command does on its way out
         return str(error)
     return "no error"
@@ -278,12 +285,16 @@ def roll_out_differently_on_this_rank(recipe: dict, kind: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gather", [True, False])
-@pytest.mark.parametrize("kind", ["skips_passes", "adds_passes", "needs_it_on_one_rank"])
+@pytest.mark.parametrize("kind", ["skips_passes", "adds_passes", "needs_it_on_one_rank", "declares_others"])
 def test_a_rank_that_rolls_out_differently_is_told_within_seconds(plain_run, tmp_path, kind, gather):
     recipe = recipe_dict(plain_run.data, tmp_path, gather_for_rollout=gather)
     said = run_distributed(roll_out_differently_on_this_rank, 2, timeout=60, recipe=recipe, kind=kind)
     if kind == "needs_it_on_one_rank":
         assert said == ["no error"] * 2  # all roll out when one needs it
+    elif kind == "declares_others":
+        assert ["ranks disagree on passes of a rollout: 2 on rank 0, 4 on rank 1" in error for error in said] == [
+            True
+        ] * 2
     else:
         assert said[1].startswith("a rollout announced 2 passes and made ") and "on rank 1" in said[1]
         assert "closed by peer" in said[0] or "reset by peer" in said[0]

@@ -1,0 +1,35 @@
+"""How every command ends: its exit code, and one line for whatever went wrong."""
+
+import os
+import sys
+from collections.abc import Callable
+
+BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
+
+
+def run_command(action: Callable[[], object]) -> int:
+    """Runs a command. Returns its exit code: 0; 2 after one line that says what is wrong; 130 when interrupted."""
+    try:
+        action()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return BAD_INPUT
+    return 0
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())
+
+
+def require_finite(**numbers: float) -> None:
+    """Raises ValueError that names the option, for a number on the command line that is infinite or not a number."""
+    for name, value in numbers.items():
+        if not abs(value) < 1e15:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number that can be meant")

@@ -1,0 +1,49 @@
+"""How commands end: exit codes, and one line for whatever went wrong."""
+
+import subprocess
+import sys
+
+import pytest
+
+from data_prep.command import require_finite, run_command
+from tests.distributed import PROJECT
+
+
+def fail(error: BaseException):
+    def action() -> None:
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (ValueError("a\n b"), 2, "error: a b\n"),
+        (FileNotFoundError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_an_error_is_one_line(capsys, error, code, line):
+    assert run_command(fail(error)) == code
+    assert capsys.readouterr().err == line
+
+
+def test_success_is_0_and_defects_are_not_hidden():
+    assert run_command(lambda: "a result") == 0
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: 1 / 0)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    code = "from data_prep.command import run_command; run_command(lambda: print('x\\n' * 100_000))"
+    command = f'{sys.executable} -c "{code}" | head -n 1'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=PROJECT)
+    assert (done.stdout, done.stderr) == ("x\n", "")
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -float("inf"), 1e30])
+def test_numbers_that_cannot_be_meant_name_their_option(value):
+    require_finite(seconds=1.0)
+    with pytest.raises(ValueError, match=r"--gpu-memory .*: expected a number that can be meant"):
+        require_finite(gpu_memory=value)
