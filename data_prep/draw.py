@@ -32,12 +32,12 @@ PALETTE = {  # name -> RGB
     "cyan": (40, 215, 225),
 }
 BACKGROUND = (20, 20, 26)
-KINDS = ("circle", "square")
+KINDS = ("circle", "square", "ring", "cross")
 DIRECTIONS = ("right", "down and right", "down", "down and left", "left", "up and left", "up", "up and right")
 
-# Radii in units of the frame's shorter side, speeds in these units per second. At 64x64 and 16 frames per second:
-RADII = (10 / 64, 13 / 64)  # 10 to 13 pixels
-SPEEDS = (6 / 64, 14 / 64)  # 0.4 to 0.9 pixels per frame
+# The same for all shapes, in units of the frame's shorter side. At 32x32 and 16 frames per second:
+RADIUS = 0.22  # 7 pixels
+SPEED = 0.15  # per second: 0.3 pixels per frame
 EDGE = 2  # pixels over which a shape's edge fades: antialiased, and easier for small codecs
 
 
@@ -52,23 +52,41 @@ class Shape:
     velocity: tuple[float, ...]
 
 
-def scene(seed: int, index: int, aspect: float = 1.0, shapes: tuple[int, int] = (2, 3)) -> list[Shape]:
-    """The shapes of video `index`, front to back, at time 0. aspect = width / height; shapes = (fewest, most)."""
+@dataclass(frozen=True)
+class World:
+    """What a drawn world has."""
+
+    shapes: tuple[int, int] = (2, 3)  # fewest and most in a video
+    kinds: tuple[str, ...] = KINDS
+    colours: tuple[str, ...] = tuple(PALETTE)  # all shapes of a video differ in colour
+
+    def validate(self) -> None:
+        """Raises a one-line ValueError for an impossible world."""
+        for name, values, known in (("kinds", self.kinds, KINDS), ("colours", self.colours, tuple(PALETTE))):
+            wrong = [value for value in values if value not in known]
+            if wrong or not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} {','.join(values)!r}: must be different ones of {', '.join(known)}")
+        fewest, most = self.shapes
+        if not 1 <= fewest <= most <= len(self.colours):
+            raise ValueError(f"shapes {fewest}-{most}: must lie within 1-{len(self.colours)}, the number of colours")
+
+
+def scene(seed: int, index: int, aspect: float = 1.0, world: World | None = None) -> list[Shape]:
+    """The shapes of video `index`, front to back, at time 0. aspect = width / height."""
+    world = world or World()
     rng = np.random.default_rng([seed, index])
-    world = max(aspect, 1.0), max(1 / aspect, 1.0)
-    count = int(rng.integers(shapes[0], shapes[1] + 1))
-    colours = rng.permutation(list(PALETTE))[:count]
+    sides = max(aspect, 1.0), max(1 / aspect, 1.0)
+    count = int(rng.integers(world.shapes[0], world.shapes[1] + 1))
     result = []
-    for colour in colours:
-        radius = rng.uniform(*RADII)
-        speed, angle = rng.uniform(*SPEEDS), rng.uniform(0, 2 * math.pi)
+    for colour in rng.permutation(list(world.colours))[:count]:
+        angle = rng.uniform(0, 2 * math.pi)
         result.append(
             Shape(
-                kind=str(rng.choice(KINDS)),
+                kind=str(rng.choice(world.kinds)),
                 colour=str(colour),
-                radius=float(radius),
-                position=tuple(float(rng.uniform(radius, side - radius)) for side in world),
-                velocity=(float(speed * math.cos(angle)), float(speed * math.sin(angle))),
+                radius=RADIUS,
+                position=tuple(float(rng.uniform(RADIUS, side - RADIUS)) for side in sides),
+                velocity=(SPEED * math.cos(angle), SPEED * math.sin(angle)),
             )
         )
     return result
@@ -87,11 +105,16 @@ def caption(shapes: list[Shape]) -> str:
 def position(shape: Shape, time: float, world: tuple[float, float]) -> tuple[float, ...]:
     """Centre (x, y) at `time` seconds: straight lines folded at the borders, i.e. elastic bounces."""
     centre = []
-    for start, velocity, side in zip(shape.position, shape.velocity, world):
-        span = side - 2 * shape.radius
-        travelled = (start - shape.radius + velocity * time) % (2 * span)
-        centre.append(shape.radius + min(travelled, 2 * span - travelled))
+    for start, velocity, side, extent in zip(shape.position, shape.velocity, world, EXTENTS[shape.kind]):
+        half = extent * shape.radius
+        span = side - 2 * half
+        travelled = (start - half + velocity * time) % (2 * span)
+        centre.append(half + min(travelled, 2 * span - travelled))
     return tuple(centre)
+
+
+# Half the sides of a shape's bounding box, (x, y), in units of its outer radius.
+EXTENTS = {"circle": (1.0, 1.0), "square": (0.88, 0.88), "ring": (1.0, 1.0), "cross": (0.95, 0.95)}
 
 
 def _distance(kind: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
@@ -100,6 +123,12 @@ def _distance(kind: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
         return np.hypot(x, y) - r
     if kind == "square":
         return np.maximum(np.abs(x), np.abs(y)) - 0.88 * r
+    if kind == "ring":
+        return np.abs(np.hypot(x, y) - 0.72 * r) - 0.28 * r
+    if kind == "cross":
+        arm, length = 0.33 * r, 0.95 * r
+        upright = np.maximum(np.abs(x) - arm, np.abs(y) - length)
+        return np.minimum(upright, np.maximum(np.abs(x) - length, np.abs(y) - arm))
     raise ValueError(f"unknown shape {kind!r}, known: {', '.join(KINDS)}")
 
 
@@ -129,7 +158,7 @@ class DrawSettings:
     size: tuple[int, int]  # (height, width) in pixels
     fps: float = 16
     seed: int = 0
-    shapes: tuple[int, int] = (2, 3)  # fewest and most in a video
+    world: World = World()
 
     def validate(self) -> None:
         """Raises a one-line ValueError for invalid settings."""
@@ -140,15 +169,14 @@ class DrawSettings:
             raise ValueError(f"size {height}x{width}: height and width must be even and at least 16")
         if self.seed < 0:
             raise ValueError(f"seed {self.seed}: must not be negative")
-        fewest, most = self.shapes
-        if not 1 <= fewest <= most <= len(PALETTE):
-            raise ValueError(f"shapes {fewest}-{most}: must lie within 1-{len(PALETTE)}")
+        self.world.validate()
 
     def record(self) -> dict:
         """The content of the folder's `draw.json`."""
         fps = int(self.fps) if self.fps == int(self.fps) else self.fps
         record = {"videos": self.videos, "frames": self.frames, "size": list(self.size), "fps": fps}
-        return {**record, "seed": self.seed, "shapes": list(self.shapes)}
+        world = {name: list(values) for name, values in vars(self.world).items()}
+        return {**record, "seed": self.seed, **world}
 
 
 def draw(out: str | Path, settings: DrawSettings) -> int:
@@ -163,9 +191,9 @@ def draw(out: str | Path, settings: DrawSettings) -> int:
     paths = [out / f"video-{index:05d}.mp4" for index in range(settings.videos)]
     missing = [i for i, path in enumerate(paths) if not (path.is_file() and path.with_suffix(".txt").is_file())]
     for index in tqdm(missing, desc="draw", unit="video", disable=not missing):
-        world = scene(settings.seed, index, width / height, settings.shapes)
-        write_atomic(paths[index].with_suffix(".txt"), caption(world) + "\n")
-        frames = render(world, settings.frames, settings.size, settings.fps)
+        shapes = scene(settings.seed, index, width / height, settings.world)
+        write_atomic(paths[index].with_suffix(".txt"), caption(shapes) + "\n")
+        frames = render(shapes, settings.frames, settings.size, settings.fps)
         write_video(paths[index], frames, settings.fps, crf=10)
     return len(missing)
 
@@ -206,6 +234,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fps", type=float, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shapes", default="2-3", help="fewest and most shapes in a video (default 2-3)")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="kinds of shapes (default: %(default)s)")
+    parser.add_argument("--colours", default=",".join(PALETTE), help="their colours (default: %(default)s)")
     options = parser.parse_args(arguments)
     return run_command(lambda: draw_as_asked(options))
 
@@ -214,8 +244,9 @@ def draw_as_asked(options: argparse.Namespace) -> None:
     """What the command line asks for. Prints a line on what was made."""
     require_finite(seconds=options.seconds, fps=options.fps)
     frames = round(options.seconds * options.fps) if options.frames is None else options.frames
-    size, shapes = parse_size(options.size), parse_range(options.shapes)
-    settings = DrawSettings(options.videos, frames, size, options.fps, options.seed, shapes)
+    kinds, colours = tuple(options.kinds.split(",")), tuple(options.colours.split(","))
+    world = World(parse_range(options.shapes), kinds, colours)
+    settings = DrawSettings(options.videos, frames, parse_size(options.size), options.fps, options.seed, world)
     written = draw(options.out, settings)
     now = f"({written} drawn now)" if written else "exist already, nothing to do"
     print(f"{options.out}: {options.videos} videos of {frames} frames {now}")

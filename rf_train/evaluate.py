@@ -10,98 +10,55 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from data_prep.command import run_command
 from data_prep.files import write_json
-from data_prep.geometry import LatentGeometry
 from data_prep.video import write_video
 from rf_train.data.latent_dataset import LatentDataset
 from rf_train.diffusion.batch import Batch
 from rf_train.diffusion.flow_matching import mean_by_chunk
 from rf_train.diffusion.histories import Autoregressive, Resampled, make_history
 from rf_train.diffusion.randomness import make_draws
+from rf_train.evaluation.calibration import calibrate, calibration_table
+from rf_train.evaluation.long_videos import LongVideos, summary
+from rf_train.evaluation.video_metrics import GENERAL_METRICS
 from rf_train.generate import Generator, open_run
 from rf_train.model.chunks import Attention
 from rf_train.model.transformer import VelocityModel, pad_text
-from rf_train.video_metrics import VIDEO_METRICS, SegmentPair, compare
 
-Span = tuple[int, int]  # latent frames [begin, end)
-REPORTED = {metric.name for metric in VIDEO_METRICS}
+REPORTED = {metric.name for metric in GENERAL_METRICS}
 
 
-def segments(frames: int, given: int, length: int) -> list[Span]:
-    """Latent frame spans of `length` that cover a clip of `frames`, without the `given` first ones.
-
-    A remainder shorter than half a segment is joined to the last one.
-    """
-    spans = [(begin, min(begin + length, frames)) for begin in range(0, frames, length)]
-    if len(spans) > 1 and spans[-1][1] - spans[-1][0] < length / 2:
-        spans[-2:] = [(spans[-2][0], frames)]
-    return [(max(begin, given), end) for begin, end in spans if end > given]
-
-
-def pixel_frames(span: Span, geometry: LatentGeometry) -> slice:
-    """The video frames that a span of latent frames stands for."""
-    return slice(geometry.video_frames(span[0]), geometry.video_frames(span[1]))
-
-
-def evaluate(generator: Generator, dataset: LatentDataset, options: argparse.Namespace, out: Path) -> dict:
-    """Continues the first clips of the dataset. Returns what `evaluation.json` holds; videos are written to `out`."""
-    clips, fps = min(options.clips, len(dataset)), dataset.card["video"]["fps"]
-    given_frames, total = generator.model.chunking.start(options.given_chunks), dataset.card["latent"]["frames"]
-    if given_frames >= total:
-        longer = f"clips of {total} latent frames are no longer than the {given_frames} given ones"
-        raise ValueError(f"{dataset.folder}: {longer}")
-    spans = segments(total, given_frames, generator.trained_frames)
-    pixel_spans = [pixel_frames(span, generator.geometry) for span in spans]
+def evaluate(generator: Generator, videos: LongVideos, options: argparse.Namespace, out: Path) -> dict:
+    """Continues the clips. Returns what `evaluation.json` holds; videos are written to `out`."""
     rows: list[dict] = []
-    with tqdm(total=clips, unit="clip", desc="evaluate") as bar:
-        for begin in range(0, clips, options.batch):
-            indices = range(begin, min(begin + options.batch, clips))
-            samples = [dataset.read(index) for index in indices]
-            true = torch.stack([latent for latent, _, _ in samples])
-            seeds = [options.seed + index for index in indices]
-            texts = [text for _, text, _ in samples]
-            made = torch.cat(list(generator.chunks(texts, total, seeds, true[:, :, :given_frames])), dim=2).cpu()
-            for index, latent_made, latent_true, (_, _, meta) in zip(indices, made.numpy(), true.numpy(), samples):
-                ours, truth = generator.codec.decode(latent_made), generator.codec.decode(latent_true)
-                pairs = [
-                    SegmentPair(ours[pixels], truth[pixels], latent_made[:, slice(*span)], latent_true[:, slice(*span)])
-                    for span, pixels in zip(spans, pixel_spans)
-                ]
-                row = {"clip": dataset.key(index), "caption": meta["caption"], "seed": options.seed + index}
-                rows.append({**row, "segments": [compare(pair) for pair in pairs]})
+    with tqdm(total=videos.clips, unit="clip", desc="evaluate") as bar:
+        for begin in range(0, videos.clips, options.batch):
+            indices = range(begin, min(begin + options.batch, videos.clips))
+            for index, (row, pair) in zip(indices, videos.continued(generator.chunks, indices)):
+                rows.append(row)
                 if index < options.videos:
                     name, truth_name = f"clip-{index:03d}.mp4", f"truth-{index:03d}.mp4"
-                    write_video(out / name, ours, fps)
-                    write_video(out / truth_name, truth, fps)
-                    rows[-1].update(video=name, truth=truth_name)
+                    write_video(out / name, pair.made, videos.fps)
+                    write_video(out / truth_name, pair.true, videos.fps)
+                    row.update(video=name, truth=truth_name)
                 bar.update()
+    geometry, fps = generator.geometry, videos.fps
+    found = summary(rows, len(videos.spans))
     return {
         "step": generator.step,
-        "dataset": str(dataset.folder),
-        "clips": clips,
+        "dataset": str(videos.dataset.folder),
+        "clips": videos.clips,
         "fps": fps,
-        "given_seconds": generator.geometry.video_frames(given_frames) / fps,
-        "trained_seconds": generator.geometry.video_frames(generator.trained_frames) / fps,
-        "segments_seconds": [[pixels.start / fps, pixels.stop / fps] for pixels in pixel_spans],
-        "metrics": summary(rows, len(spans)),
-        "rows": rows,
+        "given_seconds": geometry.video_frames(videos.given) / fps,
+        "trained_seconds": geometry.video_frames(videos.trained) / fps,
+        "segments_seconds": [[pixels.start / fps, pixels.stop / fps] for pixels in videos.pixel_spans],
+        **found,
+        "rows": [{key: value for key, value in row.items() if key != "features"} for row in rows],
     }
-
-
-def summary(rows: list[dict], count: int) -> dict[str, list[dict[str, float]]]:
-    """{metric: [{"mean", "std"} over clips, for each of `count` segments]}."""
-    found: dict[str, list[dict[str, float]]] = {}
-    for metric in VIDEO_METRICS:
-        by_segment = [[row["segments"][i][metric.name] for row in rows] for i in range(count)]
-        stds = [float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 for values in by_segment]
-        found[metric.name] = [{"mean": float(np.mean(v)), "std": std} for v, std in zip(by_segment, stds)]
-    return found
 
 
 @torch.no_grad()
@@ -152,8 +109,8 @@ def evaluate_history(generator: Generator, dataset: LatentDataset, clips: int, b
     return {**settings, **by_chunk}
 
 
-def evaluate_run(options: argparse.Namespace) -> dict:
-    """Runs the evaluation of the command line, unless its result exists already. Returns the result."""
+def evaluate_run(options: argparse.Namespace) -> str:
+    """Runs the evaluation of the command line, unless its result exists already. Returns its table."""
     if min(options.clips, options.given_chunks, options.batch) < 1:
         raise ValueError("--clips, --given-chunks and --batch must be at least 1")
     generator = open_run(options.run, options.overrides, options.step)
@@ -169,8 +126,21 @@ def evaluate_run(options: argparse.Namespace) -> dict:
             raise ValueError(
                 f"{folder}: its {part} is not that of {trained_on}, the training data; encode it with the same --{part}"
             )
+    videos = LongVideos(
+        dataset=dataset,
+        codec=generator.codec,
+        clips=min(options.clips, len(dataset)),
+        given=generator.model.chunking.start(options.given_chunks),
+        trained=generator.trained_frames,
+        seed=options.seed,
+    )
     out = Path(options.run) / "evaluation"
-    request = {key: value for key, value in vars(options).items() if key not in ("run", "data")}
+    if options.calibrate:
+        found = calibrate(videos)
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "calibration.json", dataclasses.asdict(found))
+        return calibration_table(found)
+    request = {key: value for key, value in vars(options).items() if key not in ("run", "data", "calibrate")}
     request.update(step=generator.step, data=str(folder))
     path = out / "evaluation.json"
     if read_evaluation(Path(options.run)).get("request") == request:
@@ -178,10 +148,10 @@ def evaluate_run(options: argparse.Namespace) -> dict:
     else:
         out.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        result = evaluate(generator, dataset, options, out)
+        result = evaluate(generator, videos, options, out)
         history = evaluate_history(generator, dataset, options.clips, options.batch, options.seed)
         write_json(path, {"request": request, **result, "history": history})
-    return read_evaluation(Path(options.run))
+    return table(read_evaluation(Path(options.run)))
 
 
 def read_evaluation(run: Path) -> dict:
@@ -193,18 +163,37 @@ def read_evaluation(run: Path) -> dict:
         found = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); remove it, and evaluate again") from None
-    wanted = {"request", "metrics", "rows", "segments_seconds", "clips", "given_seconds", "trained_seconds", "fps"}
+    wanted = {
+        "request",
+        "metrics",
+        "frechet",
+        "slopes",
+        "rows",
+        "segments_seconds",
+        "clips",
+        "given_seconds",
+        "trained_seconds",
+        "fps",
+    }
     if not isinstance(found, dict) or not wanted <= found.keys() or not found["metrics"].keys() >= REPORTED:
         raise ValueError(f"{path}: not an evaluation of this version; remove it, and evaluate again")
     return found
 
 
 def table(result: dict) -> str:
-    """The metrics as text, by segment: mean ± standard deviation over clips."""
+    """The metrics as text, by segment: mean ± standard deviation over clips, and the change per segment."""
+
+    def number(value: float | None, width: int) -> str:
+        return f"{'-' if value is None else format(value, '.3f'):>{width}}"
+
     heads = [f"{begin:.1f}-{end:.1f} s" for begin, end in result["segments_seconds"]]
-    lines = [f"{'step ' + str(result['step']):<18}" + "".join(f"{head:>20}" for head in heads)]
+    lines = [f"{'step ' + str(result['step']):<18}" + "".join(f"{head:>20}" for head in [*heads, "per segment (95 %)"])]
     for name, cells in result["metrics"].items():
-        lines.append(f"{name:<18}" + "".join(f"{cell['mean']:>11.3f} ± {cell['std']:<6.3f}" for cell in cells))
+        line = "".join(f"{number(cell['mean'], 12)} ± {number(cell['std'], 5)}" for cell in cells)
+        slope = result["slopes"][name]
+        change = f"{number(slope['slope'], 8)} ({number(slope['low'], 0)}, {number(slope['high'], 0)})"
+        lines.append(f"{name:<18}{line}{change if len(heads) > 1 else ''}")
+    lines.append(f"{'frechet':<18}" + "".join(f"{number(value, 12)}{'':8}" for value in result["frechet"]).rstrip())
     history = result.get("history")
     if history:
         lines.append(f"training's history (x~, t_shift {history['t_shift']:g}), rms by chunk:")
@@ -231,10 +220,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=8, help="clips made together")
     parser.add_argument("--videos", type=int, default=4, help="clips whose videos are kept")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--calibrate", action="store_true", help="no model: damage the true clips, and show what each metric says"
+    )
     parser.add_argument("--step", type=int, default=0, help="the checkpoint's step (default: the newest)")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings, e.g. flow.sampling_steps=16")
     options = parser.parse_intermixed_args(arguments)
-    return run_command(lambda: print(table(evaluate_run(options))))
+    return run_command(lambda: print(evaluate_run(options)))
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ from data_prep.files import write_atomic
 from data_prep.video import read_frames
 from rf_train import config
 from rf_train.evaluate import read_evaluation
+from rf_train.evaluation.video_metrics import VIDEO_METRICS, VideoMetric
 from rf_train.metrics import METRICS, Metric
 from rf_train.run_log import read_rows
-from rf_train.video_metrics import VIDEO_METRICS
 
 COLOURS = ("#0b6bcb", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#0e7490")
 GREY = "#8c959f"
@@ -178,24 +178,31 @@ def draw_metric(axes: Any, metric: Metric, runs: list[RunRecord]) -> None:
     axes.set_ylim(0, 1.1 * max(axes.get_ylim()[1], 1e-3))
 
 
+def measured(runs: list[RunRecord]) -> list[VideoMetric]:
+    """The metrics that were measured in every run."""
+    return [metric for metric in VIDEO_METRICS if all(metric.name in run.evaluation["metrics"] for run in runs)]
+
+
 def quality_plot(runs: list[RunRecord]) -> str:
-    figure, grid = new_figure(10, 5.2, columns=3, rows=2)
-    for axes, metric in zip(grid.flat, VIDEO_METRICS):
+    metrics, columns = measured(runs), 3
+    rows = len(metrics) // columns + 1  # one place is left for the legend
+    figure, grid = new_figure(10, 2.6 * rows, columns, rows)
+    for axes, metric in zip(grid.flat, metrics):
         for position, run in enumerate(runs):
             cells = run.evaluation["metrics"][metric.name]
             shift = 0.12 * (position - (len(runs) - 1) / 2)
             middle = [sum(span) / 2 + shift for span in run.evaluation["segments_seconds"]]
-            mean, std = [c["mean"] for c in cells], [c["std"] for c in cells]
+            mean, std = ([np.nan if c[key] is None else c[key] for c in cells] for key in ("mean", "std"))
             style = {"marker": "o", "markersize": 4, "capsize": 3, "label": run.label}
             axes.errorbar(middle, mean, std, color=run.colour, **style)
         axes.axvline(run.evaluation["trained_seconds"], color=GREY, linewidth=0.8, linestyle=":")
-        if metric.better == "near 1":
-            axes.axhline(1, color=GREY, linewidth=0.8)
+        if metric.better.startswith("near"):
+            axes.axhline(float(metric.better.split()[1]), color=GREY, linewidth=0.8)
         axes.set_title(f"{metric.title} ({metric.better})", fontsize=10)
         axes.set_xlabel("seconds")
-    for axes in list(grid.flat)[len(VIDEO_METRICS) :]:
+    for axes in list(grid.flat)[len(metrics) :]:
         axes.axis("off")
-        axes.legend(*grid.flat[0].get_legend_handles_labels(), frameon=False, loc="center")
+    grid.flat[len(metrics)].legend(*grid.flat[0].get_legend_handles_labels(), frameon=False, loc="center")
     figure.tight_layout()
     return svg(figure)
 
@@ -245,11 +252,20 @@ def describe_attention(stage: config.Stage) -> str:
 def quality_table(runs: list[RunRecord]) -> str:
     heads = [f"{begin:.1f}–{end:.1f} s" for begin, end in runs[0].evaluation["segments_seconds"]]
     rows = []
-    for metric in VIDEO_METRICS:
+    for metric in measured(runs):
         for run in runs:
-            cells = [f"{cell['mean']:.3f} ± {cell['std']:.3f}" for cell in run.evaluation["metrics"][metric.name]]
-            rows.append([f"{metric.title} ({metric.better}): {run.name}", *cells])
-    return html_table(["metric", *heads], rows)
+            cells, slope = run.evaluation["metrics"][metric.name], run.evaluation["slopes"][metric.name]
+            by_segment = [f"{number(cell['mean'])} ± {number(cell['std'])}" for cell in cells]
+            change = f"{number(slope['slope'])} ({number(slope['low'])}, {number(slope['high'])})"
+            rows.append([f"{metric.title} ({metric.better}): {run.name}", *by_segment, change])
+    for run in runs:
+        distances = [number(value) for value in run.evaluation["frechet"]]
+        rows.append([f"Frechet distance (lower): {run.name}", *distances, ""])
+    return html_table(["metric", *heads, "change per segment (95 % interval)"], rows)
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def history_table(runs: list[RunRecord]) -> str:
@@ -379,7 +395,12 @@ def quality_section(runs: list[RunRecord]) -> list[str]:
     clips = (
         f"{first['clips']} held-out clips, continued from their first {given}; trained on clips of {trained} (dotted)."
     )
-    explained = "".join(f"<li><b>{metric.title}</b>: {html.escape(metric.meaning)}.</li>" for metric in VIDEO_METRICS)
+    explained = "".join(f"<li><b>{metric.title}</b>: {html.escape(metric.meaning)}.</li>" for metric in measured(runs))
+    frechet = (
+        "squared Frechet distance between the latents of all generated and of all true clips, and their changes from "
+        "frame to frame, taken as Gaussian"
+    )
+    explained += f"<li><b>Frechet distance</b>: {frechet}.</li>"
     return [
         "<h2>Quality over long videos</h2>",
         f"<p>{clips} Mean ± standard deviation over clips.</p>",

@@ -15,15 +15,16 @@ from PIL import Image
 
 from data_prep.video import write_video
 from rf_train import config, metrics, report
-from rf_train.evaluate import summary
+from rf_train.evaluation.long_videos import summary
+from rf_train.evaluation.video_metrics import GENERAL_METRICS, Gaussian, Segment, VideoPair, compare, latent_features
 from rf_train.metrics import METRICS, Metric, Plot, StepMetrics, over_clips
 from rf_train.run_log import RunLog, read_rows
-from rf_train.video_metrics import VIDEO_METRICS, SegmentPair, compare
 from tests.conftest import plain_settings
 from tests.distributed import PROJECT
 from tests.step_results import one_rank, random_result
 
 SEGMENTS = [[0.75, 1.5], [1.5, 3.0]]  # seconds
+PARTS = [(slice(0, 12), slice(0, 3)), (slice(12, 24), slice(3, 6))]  # video and latent frames of each segment
 HISTORY = {
     "solver_steps": 1, "fine_solver_steps": 12, "t_shift": 0.6, "solver": [0.1, 0.2], "truth": [0.3, 0.4],
     "truth_fine": [0.2, 0.3],
@@ -62,8 +63,12 @@ def write_evaluation(folder: Path, caption: str, stream: np.random.Generator) ->
     for clip in range(2):
         made, true = random_video(stream), random_video(stream)
         latents = stream.standard_normal((2, 4, 6, 2, 2))
-        segments = [compare(SegmentPair(made[part], true[part], *latents)) for part in (slice(0, 12), slice(12, 24))]
+        pair = VideoPair(made, true, *latents, given=6, fps=8, caption=caption)
+        segments = [compare(Segment(pair, *parts)) for parts in PARTS]
+        sides = {"made": latents[0], "true": latents[1]}
+        features = {side: Gaussian.of(latent_features(latent)).record() for side, latent in sides.items()}
         row = {"clip": f"00000{clip}_0000", "caption": caption, "seed": clip, "segments": segments}
+        row["features"] = [features] * len(PARTS)
         if clip == 0:
             write_video(folder / "evaluation" / "clip-000.mp4", made, 8)
             write_video(folder / "evaluation" / "truth-000.mp4", true, 8)
@@ -71,7 +76,7 @@ def write_evaluation(folder: Path, caption: str, stream: np.random.Generator) ->
         rows.append(row)
     evaluation = {
         "request": {"clips": 2}, "step": 6, "dataset": "data/long", "clips": 2, "fps": 8, "given_seconds": 0.75,
-        "trained_seconds": 1.5, "segments_seconds": SEGMENTS, "metrics": summary(rows, 2), "rows": rows,
+        "trained_seconds": 1.5, "segments_seconds": SEGMENTS, **summary(rows, 2), "rows": rows,
         "history": HISTORY,
     }  # fmt: skip
     (folder / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation))
@@ -148,7 +153,7 @@ def test_the_page_has_a_plot_per_metric_and_a_row_per_run(runs, tmp_path):
     assert page.count("svg") == 3 and page.count("video") == 3 + 2  # truth, two continuations, two prompts
     for metric in METRICS:
         assert metric.plot is None or metric.plot.title in page.texts
-    for metric in VIDEO_METRICS:
+    for metric in GENERAL_METRICS:
         for run in ("first", "second"):
             assert f"{metric.title} ({metric.better}): {run}" in page.texts
     assert "routed (top_k 2)" in page.texts and "self-resampling" in page.texts

@@ -16,7 +16,7 @@ LAYERS = (
     ("rf_train.diffusion",),
     ("rf_train.config",),
     ("rf_train.data", "rf_train.engine"),
-    ("rf_train.planning", "rf_train.metrics", "rf_train.video_metrics", "rf_train.evaluation"),
+    ("rf_train.planning", "rf_train.metrics", "rf_train.evaluation"),
     ("rf_train.run_log", "rf_train.weights"),
     ("rf_train.train", "rf_train.generate", "rf_train.bench"),
     ("rf_train.evaluate", "rf_train.plan"),

@@ -18,10 +18,29 @@ def test_shapes_stay_inside_and_keep_their_speed():
     for index in range(20):
         for shape in draw.scene(0, index, aspect=2.0):
             path = np.array([draw.position(shape, n / 160, (2.0, 1.0)) for n in range(2000)])
-            assert (path >= shape.radius - 1e-9).all() and (path <= np.array([2.0, 1.0]) - shape.radius + 1e-9).all()
+            half = np.array(draw.EXTENTS[shape.kind]) * shape.radius
+            assert (path >= half - 1e-9).all() and (path <= np.array([2.0, 1.0]) - half + 1e-9).all()
             steps = np.abs(np.diff(path, axis=0)) * 160
             assert np.allclose(np.median(steps, axis=0), np.abs(shape.velocity), atol=1e-6)  # all but the bounces
-            assert draw.SPEEDS[0] - 1e-9 <= np.hypot(*shape.velocity) <= draw.SPEEDS[1] + 1e-9
+            assert np.hypot(*shape.velocity) == pytest.approx(draw.SPEED)
+
+
+@pytest.mark.parametrize("kind", draw.KINDS)
+def test_a_shape_touches_the_wall_where_it_bounces(kind):
+    """Its bounding box in the picture reaches both borders, and never more than half of the soft edge is cut."""
+    shape = draw.Shape(kind, "red", 0.2, (0.5, 0.5), (1.0, 0.0))
+    frames = np.stack(list(draw.render([shape], 64, (64, 64), 16)))
+    columns = (frames[..., 0] > 130).any(axis=1)  # [T, W]: where more than half of a pixel is covered
+    left, right = columns.argmax(axis=1), 64 - columns[:, ::-1].argmax(axis=1)
+    assert left.min() <= 2 and right.max() >= 62
+    assert len(set(right - left)) <= 2  # the width hardly changes: nothing is cut off
+
+
+def test_a_world_has_the_kinds_and_colours_it_was_asked_for():
+    world = draw.World(shapes=(1, 1), kinds=("cross",), colours=("red", "blue"))
+    shapes = [shape for index in range(20) for shape in draw.scene(0, index, world=world)]
+    assert len(shapes) == 20 and {shape.kind for shape in shapes} == {"cross"}
+    assert {shape.colour for shape in shapes} == {"red", "blue"}
 
 
 def test_what_was_hidden_comes_back_the_same():

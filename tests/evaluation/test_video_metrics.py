@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 
-from rf_train.video_metrics import VIDEO_METRICS, SegmentPair, colour_histogram, compare
+from rf_train.evaluation.video_metrics import (
+    GENERAL_METRICS,
+    VIDEO_METRICS,
+    Gaussian,
+    Segment,
+    VideoPair,
+    colour_histogram,
+    compare,
+    frechet_distance,
+    latent_features,
+)
 
 
 def moving_square(frames=8, colour=(200, 40, 40), side=8, shift=0) -> np.ndarray:
@@ -15,14 +25,15 @@ def moving_square(frames=8, colour=(200, 40, 40), side=8, shift=0) -> np.ndarray
 
 
 def measured(made: np.ndarray, true: np.ndarray) -> dict[str, float]:
-    return compare(SegmentPair(made, true, np.zeros((1, 1, 1, 1)), np.full((1, 1, 1, 1), 2.0)))
+    latents = np.zeros((1, 1, 1, 1)), np.full((1, 1, 1, 1), 2.0)
+    return compare(Segment(VideoPair(made, true, *latents, given=1), slice(0, len(made)), slice(0, 1)))
 
 
 def test_every_metric_is_measured_under_its_name():
     found = measured(moving_square(), moving_square())
     assert list(found) == [metric.name for metric in VIDEO_METRICS]
-    assert all(isinstance(value, float) for value in found.values())
-    assert {metric.better for metric in VIDEO_METRICS} <= {"lower", "higher", "near 1"}
+    assert all(isinstance(found[metric.name], float) for metric in GENERAL_METRICS)
+    assert {metric.better for metric in VIDEO_METRICS} <= {"lower", "higher", "near 0", "near 1"}
 
 
 def test_the_truth_itself():
@@ -69,3 +80,31 @@ def test_a_picture_that_stands_still_does_not_flicker():
 def test_psnr_is_in_decibels(error, decibels):
     made, true = np.zeros((2, 4, 4, 3), np.uint8), np.full((2, 4, 4, 3), error, np.uint8)
     assert measured(made, true)["psnr"] == pytest.approx(decibels)
+
+
+def test_the_frechet_distance_of_two_gaussians_whose_answer_is_known():
+    """Means m apart and standard deviations a and b along each of two axes: m^2 + (a - b)^2 summed."""
+    random = np.random.default_rng(0)
+    one = random.normal(0, 1, (200_000, 2)) * (1, 2)
+    other = random.normal(0, 1, (200_000, 2)) * (3, 2) + (4, 0)
+    assert frechet_distance(Gaussian.of(one), Gaussian.of(other)) == pytest.approx(16 + 4, rel=0.02)
+    assert frechet_distance(Gaussian.of(one), Gaussian.of(one)) == pytest.approx(0, abs=1e-8)
+
+
+def test_gaussians_of_parts_add_up_and_survive_json():
+    features = np.random.default_rng(0).normal(size=(10, 3))
+    whole, parts = Gaussian.of(features), [Gaussian.of(features[:4]), Gaussian.of(features[4:])]
+    joined = Gaussian(**parts[0].record()) + Gaussian(**parts[1].record())
+    assert joined.count == 10
+    np.testing.assert_allclose(joined.mean, whole.mean)
+    np.testing.assert_allclose(joined.covariance, whole.covariance)
+
+
+def test_latent_features_see_motion_but_not_place():
+    random = np.random.default_rng(0)
+    latent = random.normal(size=(2, 5, 4, 4))
+    assert latent_features(latent).shape == (4 * 4 * 4, 4)
+    flipped = latent_features(latent[:, :, ::-1])
+    assert frechet_distance(Gaussian.of(latent_features(latent)), Gaussian.of(flipped)) == pytest.approx(0, abs=1e-9)
+    still = latent_features(np.repeat(latent[:, :1], 5, axis=1))
+    assert frechet_distance(Gaussian.of(latent_features(latent)), Gaussian.of(still)) > 0.5
