@@ -15,10 +15,10 @@ READY := $(if $(TORCH),$(VENV)/.ready-$(TORCH),$(firstword $(wildcard $(VENV)/.r
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCH_INDEX := $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH))
 
-# Ranks of the demo's training: 1, 2 or 4, depending on the number of GPUs; 2 on a CPU.
+# Ranks of the demo's training: 1 with a single GPU, else 2.
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
-RANKS ?= $(shell if [ $(GPUS) -ge 4 ]; then echo 4; elif [ $(GPUS) -eq 1 ]; then echo 1; else echo 2; fi)
-MICRO := $(shell echo $$((12 / $(RANKS))))
+RANKS ?= $(if $(filter 1,$(GPUS)),1,2)
+MICRO := $(shell echo $$((6 / $(RANKS))))
 TRAIN := $(BIN)/deepspeed --num_accelerators $(RANKS) --module rf_train.train
 DRAW := $(BIN)/python -m data_prep.draw
 ENCODE := $(BIN)/python -m data_prep.encode
@@ -27,14 +27,14 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 DATA := data/demo
 RUN := runs/demo
-WORLD := --size 48x48 --shapes 2-2
-CLIPS := --fps 16 --size 48x48 --text default
-PROMPT := a red circle moving right in front of a blue square moving down
+WORLD := --size 32x32 --shapes 1 --kinds square,cross --colours red,green,blue
+CLIPS := --fps 16 --size 32x32 --text default
+PROMPT := a red cross moving right
 
 .PHONY: demo test test-fast lint format setup clean
 
 demo: setup
-	$(DRAW) $(DATA)/videos/train --videos 768 --frames 57 $(WORLD) --seed 0
+	$(DRAW) $(DATA)/videos/train --videos 1024 --frames 57 $(WORLD) --seed 0
 	$(DRAW) $(DATA)/videos/long --videos 32 --frames 237 $(WORLD) --seed 1
 	$(ENCODE) $(DATA)/videos/train $(DATA)/train $(CLIPS) --frames 57 --codec default --samples-per-shard 256
 	$(ENCODE) $(DATA)/videos/long $(DATA)/long $(CLIPS) --frames 237 --codec default:$(DATA)/train --samples-per-shard 128
