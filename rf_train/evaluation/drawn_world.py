@@ -40,7 +40,7 @@ class FoundObject:
     """An object that a picture shows. Positions and lengths are pixels, y down."""
 
     colour: str
-    kind: str
+    kind: str  # the most similar kind of the world; "" if there is none
     area: int
     centre: tuple[float, float]  # (x, y) of the box
     box: tuple[int, int, int, int]  # left, top, right, bottom; the last two are past the end
@@ -123,7 +123,7 @@ def _kind(x: np.ndarray, y: np.ndarray, box: tuple[int, int, int, int], kinds: S
     if middle.sum() < 2 and "ring" in kinds:
         return "ring"
     fill = len(x) / ((right - left) * (bottom - top))
-    return min((kind for kind in kinds if kind in FILLS), key=lambda kind: abs(FILLS[kind] - fill), default="ring")
+    return min((kind for kind in kinds if kind in FILLS), key=lambda kind: abs(FILLS[kind] - fill), default="")
 
 
 def near(a: FoundObject, b: FoundObject) -> bool:

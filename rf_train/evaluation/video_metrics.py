@@ -71,7 +71,6 @@ class VideoMetric:
     better: str  # "lower", "higher", "near 0" or "near 1"
     meaning: str
     measure: Callable[[Segment], float | None]
-    drawn: bool = False  # only of the drawn world
 
     @property
     def title(self) -> str:
@@ -170,7 +169,6 @@ DRAWN_METRICS = (
         "share of frames in which a named object is there: its colour covers, in one piece, at least a third of its "
         "area. Frames in which it is hidden behind another don't count. A frozen picture keeps its objects: see speed",
         of_drawn(drawn_world.kept),
-        drawn=True,
     ),
     VideoMetric(
         "shape_kept",
@@ -178,21 +176,18 @@ DRAWN_METRICS = (
         "share of frames in which a named object is there and has the right shape. A frozen picture keeps it, too: "
         "see speed",
         of_drawn(drawn_world.shape_kept),
-        drawn=True,
     ),
     VideoMetric(
         "extra_objects",
         "lower",
         "mean number of objects in a frame beyond the named ones. An empty picture has none: see objects kept",
         of_drawn(drawn_world.extra_objects),
-        drawn=True,
     ),
     VideoMetric(
         "comes_back",
         "higher",
         "share of the times an object vanishes behind another one after which it comes back within 2 s",
         of_drawn(drawn_world.comes_back),
-        drawn=True,
     ),
     VideoMetric(
         "speed",
@@ -200,7 +195,6 @@ DRAWN_METRICS = (
         "median speed of the named objects, generated over true: 0 is a frozen picture. An empty picture has none: see "
         "objects kept",
         speed_ratio,
-        drawn=True,
     ),
     VideoMetric(
         "goes_straight",
@@ -208,14 +202,12 @@ DRAWN_METRICS = (
         "share of frames in which an object, away from the walls, is where its motion of the 0.75 s before leads to. "
         "A frozen picture does that: see speed",
         of_drawn(drawn_world.goes_straight),
-        drawn=True,
     ),
     VideoMetric(
         "bounces",
         "higher",
         "the same, where an object reaches a wall: it must turn back there. A frozen picture reaches none",
         of_drawn(drawn_world.bounces),
-        drawn=True,
     ),
 )
 

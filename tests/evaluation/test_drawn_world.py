@@ -71,6 +71,11 @@ def test_it_counts_objects_and_says_when_a_kind_cannot_be_told():
     assert find_objects(np.full((1, 32, 32, 3), draw.BACKGROUND, np.uint8), 1) == [[]]
 
 
+def test_in_a_world_of_rings_a_full_shape_has_no_kind():
+    disc = draw.Shape("circle", "red", 0.2, (0.5, 0.5), (0.0, 0.0))
+    assert [one.kind for one in find_objects(drawn([disc], 1), 10, ("ring",))[0]] == [""]
+
+
 def test_captions_of_the_drawn_world_and_others():
     text = "a red square moving up in front of a blue ring moving down and left"
     assert named_objects(text) == [NamedObject("red", "square"), NamedObject("blue", "ring")]
