@@ -185,7 +185,7 @@ def measured(runs: list[RunRecord]) -> list[VideoMetric]:
 
 def quality_plot(runs: list[RunRecord]) -> str:
     metrics, columns = measured(runs), 3
-    rows = len(metrics) // columns + 1  # one place is left for the legend
+    rows = -(-len(metrics) // columns)
     figure, grid = new_figure(10, 2.6 * rows, columns, rows)
     for axes, metric in zip(grid.flat, metrics):
         for position, run in enumerate(runs):
@@ -202,8 +202,9 @@ def quality_plot(runs: list[RunRecord]) -> str:
         axes.set_xlabel("seconds")
     for axes in list(grid.flat)[len(metrics) :]:
         axes.axis("off")
-    grid.flat[len(metrics)].legend(*grid.flat[0].get_legend_handles_labels(), frameon=False, loc="center")
     figure.tight_layout()
+    entries = grid.flat[0].get_legend_handles_labels()
+    figure.legend(*entries, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return svg(figure)
 
 
