@@ -32,7 +32,9 @@ PALETTE = {  # name -> RGB
     "cyan": (40, 215, 225),
 }
 BACKGROUND = (20, 20, 26)
-KINDS = ("circle", "square", "ring", "cross")
+# Kind -> half the side of its bounding box, in units of the shape's radius.
+EXTENTS = {"circle": 1.0, "square": 0.88, "ring": 1.0, "cross": 0.95}
+KINDS = tuple(EXTENTS)
 DIRECTIONS = ("right", "down and right", "down", "down and left", "left", "up and left", "up", "up and right")
 
 # The same for all shapes, in units of the frame's shorter side. At 32x32 and 16 frames per second:
@@ -104,31 +106,27 @@ def caption(shapes: list[Shape]) -> str:
 
 def position(shape: Shape, time: float, world: tuple[float, float]) -> tuple[float, ...]:
     """Centre (x, y) at `time` seconds: straight lines folded at the borders, i.e. elastic bounces."""
-    centre = []
-    for start, velocity, side, extent in zip(shape.position, shape.velocity, world, EXTENTS[shape.kind]):
-        half = extent * shape.radius
+    centre, half = [], EXTENTS[shape.kind] * shape.radius
+    for start, velocity, side in zip(shape.position, shape.velocity, world):
         span = side - 2 * half
         travelled = (start - half + velocity * time) % (2 * span)
         centre.append(half + min(travelled, 2 * span - travelled))
     return tuple(centre)
 
 
-# Half the sides of a shape's bounding box, (x, y), in units of its outer radius.
-EXTENTS = {"circle": (1.0, 1.0), "square": (0.88, 0.88), "ring": (1.0, 1.0), "cross": (0.95, 0.95)}
-
-
 def _distance(kind: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
     """Signed distance (negative inside) to a shape of outer radius r at the origin; x, y arrays, y down."""
+    half = EXTENTS.get(kind, 0.0) * r
     if kind == "circle":
-        return np.hypot(x, y) - r
+        return np.hypot(x, y) - half
     if kind == "square":
-        return np.maximum(np.abs(x), np.abs(y)) - 0.88 * r
+        return np.maximum(np.abs(x), np.abs(y)) - half
     if kind == "ring":
         return np.abs(np.hypot(x, y) - 0.72 * r) - 0.28 * r
     if kind == "cross":
-        arm, length = 0.33 * r, 0.95 * r
-        upright = np.maximum(np.abs(x) - arm, np.abs(y) - length)
-        return np.minimum(upright, np.maximum(np.abs(x) - length, np.abs(y) - arm))
+        arm = 0.33 * r
+        upright = np.maximum(np.abs(x) - arm, np.abs(y) - half)
+        return np.minimum(upright, np.maximum(np.abs(x) - half, np.abs(y) - arm))
     raise ValueError(f"unknown shape {kind!r}, known: {', '.join(KINDS)}")
 
 

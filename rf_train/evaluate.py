@@ -24,6 +24,7 @@ from rf_train.diffusion.histories import Autoregressive, Resampled, make_history
 from rf_train.diffusion.randomness import make_draws
 from rf_train.evaluation.calibration import calibrate, calibration_table
 from rf_train.evaluation.long_videos import LongVideos, summary
+from rf_train.evaluation.statistics import as_text
 from rf_train.evaluation.video_metrics import GENERAL_METRICS
 from rf_train.generate import Generator, open_run
 from rf_train.model.chunks import Attention
@@ -182,18 +183,14 @@ def read_evaluation(run: Path) -> dict:
 
 def table(result: dict) -> str:
     """The metrics as text, by segment: mean ± standard deviation over clips, and the change per segment."""
-
-    def number(value: float | None, width: int) -> str:
-        return f"{'-' if value is None else format(value, '.3f'):>{width}}"
-
     heads = [f"{begin:.1f}-{end:.1f} s" for begin, end in result["segments_seconds"]]
     lines = [f"{'step ' + str(result['step']):<18}" + "".join(f"{head:>20}" for head in [*heads, "per segment (95 %)"])]
     for name, cells in result["metrics"].items():
-        line = "".join(f"{number(cell['mean'], 12)} ± {number(cell['std'], 5)}" for cell in cells)
+        line = "".join(f"{as_text(cell['mean'], 12)} ± {as_text(cell['std'], 5)}" for cell in cells)
         slope = result["slopes"][name]
-        change = f"{number(slope['slope'], 8)} ({number(slope['low'], 0)}, {number(slope['high'], 0)})"
+        change = f"{as_text(slope['slope'], 8)} ({as_text(slope['low'])}, {as_text(slope['high'])})"
         lines.append(f"{name:<18}{line}{change if len(heads) > 1 else ''}")
-    lines.append(f"{'frechet':<18}" + "".join(f"{number(value, 12)}{'':8}" for value in result["frechet"]).rstrip())
+    lines.append(f"{'frechet':<18}" + "".join(f"{as_text(value, 12)}{'':8}" for value in result["frechet"]).rstrip())
     history = result.get("history")
     if history:
         lines.append(f"training's history (x~, t_shift {history['t_shift']:g}), rms by chunk:")
@@ -221,7 +218,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--videos", type=int, default=4, help="clips whose videos are kept")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--calibrate", action="store_true", help="no model: damage the true clips, and show what each metric says"
+        "--calibrate",
+        action="store_true",
+        help="instead of generating, damage the true clips, and show what each metric says",
     )
     parser.add_argument("--step", type=int, default=0, help="the checkpoint's step (default: the newest)")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings, e.g. flow.sampling_steps=16")

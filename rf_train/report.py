@@ -23,6 +23,7 @@ from data_prep.files import write_atomic
 from data_prep.video import read_frames
 from rf_train import config
 from rf_train.evaluate import read_evaluation
+from rf_train.evaluation.statistics import as_text
 from rf_train.evaluation.video_metrics import VIDEO_METRICS, VideoMetric
 from rf_train.metrics import METRICS, Metric
 from rf_train.run_log import read_rows
@@ -256,17 +257,13 @@ def quality_table(runs: list[RunRecord]) -> str:
     for metric in measured(runs):
         for run in runs:
             cells, slope = run.evaluation["metrics"][metric.name], run.evaluation["slopes"][metric.name]
-            by_segment = [f"{number(cell['mean'])} ± {number(cell['std'])}" for cell in cells]
-            change = f"{number(slope['slope'])} ({number(slope['low'])}, {number(slope['high'])})"
+            by_segment = [f"{as_text(cell['mean'])} ± {as_text(cell['std'])}" for cell in cells]
+            change = f"{as_text(slope['slope'])} ({as_text(slope['low'])}, {as_text(slope['high'])})"
             rows.append([f"{metric.title} ({metric.better}): {run.name}", *by_segment, change])
     for run in runs:
-        distances = [number(value) for value in run.evaluation["frechet"]]
+        distances = [as_text(value) for value in run.evaluation["frechet"]]
         rows.append([f"Frechet distance (lower): {run.name}", *distances, ""])
     return html_table(["metric", *heads, "change per segment (95 % interval)"], rows)
-
-
-def number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
 
 
 def history_table(runs: list[RunRecord]) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rf_train.evaluation.long_videos import LongVideos, summary
+from rf_train.evaluation.statistics import as_text
 
 Damage = Callable[[np.ndarray, np.random.Generator], np.ndarray]  # float32 [T, H, W, 3] in 0 .. 255 -> the same
 
@@ -83,5 +84,5 @@ def calibration_table(found: Calibration) -> str:
     lines = [f"{'mean of ' + str(found.clips) + ' clips':<18}" + "".join(f"{name:>10}" for name in found.values)]
     for name in found.values["none"]:
         values = [column.get(name) for column in found.values.values()]
-        lines.append(f"{name:<18}" + "".join(f"{'-' if v is None else format(v, '.3f'):>10}" for v in values))
+        lines.append(f"{name:<18}" + "".join(as_text(value, 10) for value in values))
     return "\n".join(lines)

@@ -118,6 +118,7 @@ def _object(colour: str, x: np.ndarray, y: np.ndarray, kinds: Sequence[str]) -> 
 
 
 def _kind(x: np.ndarray, y: np.ndarray, box: tuple[int, int, int, int], kinds: Sequence[str]) -> str:
+    """The kind of an object: a ring if its middle is empty, else the one that fills its box most alike."""
     left, top, right, bottom = box
     middle = (abs(x + 0.5 - (left + right) / 2) <= 1) & (abs(y + 0.5 - (top + bottom) / 2) <= 1)
     if middle.sum() < 2 and "ring" in kinds:

@@ -16,6 +16,11 @@ def mean_and_std(values: Sequence[float | None]) -> tuple[float | None, float | 
     return float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else 0.0
 
 
+def as_text(value: float | None, width: int = 0) -> str:
+    """A number with three decimals, right-aligned; "-" for what wasn't measured."""
+    return f"{'-' if value is None else format(value, '.3f'):>{width}}"
+
+
 def interval(count: int, statistic: Callable[[np.ndarray], float | None]) -> tuple[float, float] | None:
     """The 95 % bootstrap interval of a statistic of `count` clips; `statistic` gets indices of clips.
 

@@ -18,7 +18,7 @@ def test_shapes_stay_inside_and_keep_their_speed():
     for index in range(20):
         for shape in draw.scene(0, index, aspect=2.0):
             path = np.array([draw.position(shape, n / 160, (2.0, 1.0)) for n in range(2000)])
-            half = np.array(draw.EXTENTS[shape.kind]) * shape.radius
+            half = draw.EXTENTS[shape.kind] * shape.radius
             assert (path >= half - 1e-9).all() and (path <= np.array([2.0, 1.0]) - half + 1e-9).all()
             steps = np.abs(np.diff(path, axis=0)) * 160
             assert np.allclose(np.median(steps, axis=0), np.abs(shape.velocity), atol=1e-6)  # all but the bounces
