@@ -106,6 +106,22 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
+class EvaluationSettings:
+    """Evaluation during training: the average (EMA) continues the first clips of data.evaluation, as `evaluate` does.
+
+    All ranks share the clips. The training itself stays the same, bit for bit.
+    """
+
+    every: int = 0  # steps; 0 = never
+    clips: int = 8
+    given_chunks: int = 2  # true chunks that each clip begins with
+
+    def validate(self) -> None:
+        require_at_least(0, self, "every")
+        require_at_least(1, self, "clips", "given_chunks")
+
+
+@dataclass(frozen=True)
 class StartSettings:
     """Where the weights come from when the run has no checkpoint of its own; random if nothing is set."""
 
@@ -137,6 +153,7 @@ class Recipe:
     flow: FlowSettings = field(default_factory=FlowSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     run: RunSettings = field(default_factory=RunSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     start: StartSettings = field(default_factory=StartSettings)
     stages: tuple[Stage, ...] = ()
 
@@ -144,6 +161,10 @@ class Recipe:
         require(len(self.stages) > 0, "stages: a recipe needs at least one")
         names = [stage.name for stage in self.stages]
         require(len(set(names)) == len(names), f"stages: names must differ, got {names}")
+        require(
+            not self.evaluation.every or bool(self.data.evaluation),
+            "evaluation.every is set, and data.evaluation is empty: it is the dataset of long held-out clips",
+        )
         heads, size = self.model.heads, self.run.sequence_parallel_size
         require(heads % size == 0, f"run.sequence_parallel_size={size} does not divide model.heads={heads}")
 

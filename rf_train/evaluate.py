@@ -56,7 +56,7 @@ def evaluate(generator: Generator, videos: LongVideos, options: argparse.Namespa
         "fps": fps,
         "given_seconds": geometry.video_frames(videos.given) / fps,
         "trained_seconds": geometry.video_frames(videos.trained) / fps,
-        "segments_seconds": [[pixels.start / fps, pixels.stop / fps] for pixels in videos.pixel_spans],
+        "segments_seconds": videos.segments_seconds,
         **found,
         "rows": [{key: value for key, value in row.items() if key != "features"} for row in rows],
     }

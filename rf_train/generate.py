@@ -25,8 +25,8 @@ from rf_train.config import Recipe
 from rf_train.data.latent_dataset import check_card
 from rf_train.diffusion.sampling import VideoRequest, sample_chunks
 from rf_train.engine import checkpoint
-from rf_train.model.chunks import Attention, Dense, Window
-from rf_train.model.transformer import CausalWan, pad_text
+from rf_train.model.chunks import Attention, attention_at_any_length
+from rf_train.model.transformer import CausalWan
 
 
 @dataclass
@@ -57,29 +57,14 @@ class Generator:
 
     @property
     def attention(self) -> Attention:
-        """A window as wide as the history seen in training, or the last stage's own window if that is narrower.
-
-        So relative positions stay inside what was trained, at any length.
-        """
-        last, seen = self.recipe.stages[-1].attention, self.trained_chunks - 1
-        if isinstance(last, Window) and last.window + last.sink <= seen:
-            return last
-        return Window(window=seen) if seen else Dense()
+        """That of videos of any length; see `attention_at_any_length`."""
+        return attention_at_any_length(self.recipe.stages[-1].attention, self.trained_chunks)
 
     def chunks(
         self, texts: list[Tensor], frames: int, seeds: list[int], given: Tensor | None = None
     ) -> Iterator[Tensor]:
         """Yields latent chunks [B, C, f, H, W] for the embeddings of B captions; see `sample_chunks`."""
-        empty = torch.tensor(self.card["empty_caption"], dtype=torch.float32)
-        request = VideoRequest(
-            text=pad_text(texts, self.recipe.model).to(self.device),
-            empty_text=pad_text([empty] * len(texts), self.recipe.model).to(self.device),
-            seeds=seeds,
-            frames=frames,
-            height=self.card["latent"]["height"],
-            width=self.card["latent"]["width"],
-            given=None if given is None else given.to(self.device),
-        )
+        request = VideoRequest.like(self.card, self.recipe.model, self.device, texts, frames, seeds, given)
         return sample_chunks(self.model, request, self.recipe.flow, self.attention)
 
 

@@ -184,6 +184,35 @@ def measured(runs: list[RunRecord]) -> list[VideoMetric]:
     return [metric for metric in VIDEO_METRICS if all(metric.name in run.evaluation["metrics"] for run in runs)]
 
 
+def progress_plot(runs: list[RunRecord]) -> str:
+    """The evaluations during training: each metric over the steps, in the first segment and in the last one."""
+    found = {run.name: [row for row in run.rows if row.get("evaluation")] for run in runs}
+    metrics = [m for m in VIDEO_METRICS if any(m.name in row["evaluation"] for rows in found.values() for row in rows)]
+    if not metrics:
+        return ""
+    columns = 4
+    count = -(-len(metrics) // columns)
+    figure, grid = new_figure(10, 2 * count, columns, count)
+    for axes, metric in zip(grid.flat, metrics):
+        for run in runs:
+            points = [(row["step"], row["evaluation"].get(metric.name)) for row in found[run.name]]
+            for segment, style in ((0, "--"), (-1, "-")):
+                values = [np.nan if not cells or cells[segment] is None else cells[segment] for _, cells in points]
+                label = f"{run.label}, {'last' if segment else 'first'} segment"
+                steps = [step for step, _ in points]
+                axes.plot(steps, values, style, color=run.colour, marker="o", markersize=2, linewidth=1, label=label)
+        axes.set_title(metric.title, fontsize=9)
+        axes.tick_params(labelsize=7)
+    for axes in list(grid.flat)[len(metrics) :]:
+        axes.axis("off")
+    figure.tight_layout()
+    entries = grid.flat[0].get_legend_handles_labels()
+    figure.legend(*entries, frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    clips = max(row["evaluation"]["clips"] for rows in found.values() for row in rows)
+    explained = f"On {clips} held-out clips, with the average of the weights, over the steps."
+    return f"<h3>Quality during training</h3><p>{explained}</p>{svg(figure)}"
+
+
 def quality_plot(runs: list[RunRecord]) -> str:
     metrics, columns = measured(runs), 3
     rows = -(-len(metrics) // columns)
@@ -368,6 +397,7 @@ def page(runs: list[RunRecord]) -> str:
         dot = f'<span class="dot" style="background:{run.colour}"></span>'
         parts.append(f"<h3>{dot}{html.escape(run.name + origin)}</h3>{stage_table(run)}")
     parts.append(metric_plots(runs))
+    parts.append(progress_plot(runs))
     comparable = comparable_runs(runs)
     if comparable:
         parts += quality_section(comparable)

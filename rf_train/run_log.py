@@ -41,14 +41,18 @@ class RunLog:
         self.clock = time.perf_counter()
 
     def log(self, step: int, stage: str, clips: int, metrics: dict) -> None:
-        """Writes the metrics of the 0-based `step` of `clips` clips: numbers, lists, None for what wasn't measured."""
+        """Writes the metrics of the 0-based `step` of `clips` clips: numbers, lists, None for what wasn't measured.
+
+        "evaluation" is a dict of such. The time that it took doesn't count as the step's.
+        """
         if not self.active:
             return
         now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
+        evaluation = metrics.get("evaluation")
+        seconds, self.clock = now - self.clock - (evaluation["seconds"] if evaluation else 0.0), now
         row = {"step": step + 1, "stage": stage, "seconds": seconds, "samples_per_s": clips / seconds, **metrics}
-        row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        self.file.write(json.dumps(row, allow_nan=False) + "\n")  # JSON has no NaN
+        row = _without_nan(row)
+        self.file.write(json.dumps(row, allow_nan=False) + "\n")
         self.bar.update()
         loss = "none" if row["loss"] is None else f"{row['loss']:.4f}"
         self.bar.set_postfix_str(f"{stage} loss {loss} {row['samples_per_s']:.1f} samples/s", refresh=False)
@@ -68,13 +72,26 @@ class RunLog:
                 self.wandb.finish()
 
 
+def _without_nan(value: Any) -> Any:
+    """The same with None for what isn't finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _flat(row: dict) -> dict:
-    """A row as wandb takes it: lists as "name/0", "name/1", ..., and nothing that is None."""
-    flat = {key: value for key, value in row.items() if not isinstance(value, list)}
-    for key, values in row.items():
-        if isinstance(values, list):
-            flat.update({f"{key}/{i}": value for i, value in enumerate(values)})
-    return {key: value for key, value in flat.items() if value is not None}
+    """A row as wandb takes it: lists as "name/0", "name/1", ..., dicts as "name/key", and nothing that is None."""
+    flat = {}
+    for key, value in row.items():
+        if isinstance(value, list | tuple):
+            value = {str(i): part for i, part in enumerate(value)}
+        if isinstance(value, dict):
+            flat.update({f"{key}/{name}": part for name, part in _flat(value).items()})
+        elif value is not None:
+            flat[key] = value
+    return flat
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -41,6 +41,7 @@ from rf_train.engine.collectives import (
 )
 from rf_train.engine.deepspeed_json import complete_settings
 from rf_train.engine.zero import Engine, RolloutMismatch, build_engine
+from rf_train.evaluation.during_training import TrainingEvaluation
 from rf_train.metrics import MicroStepResult, StepMetrics
 from rf_train.model.self_test import self_test
 from rf_train.run_log import RunLog
@@ -68,6 +69,7 @@ def train(recipe: Recipe) -> None:
     first = restore(recipe, state)
     check_same_on_ranks("at the start", **{"steps that are done": first})
     check_model(recipe, engine, datasets)
+    evaluation = TrainingEvaluation(recipe, engine, datasets) if recipe.evaluation.every else None
     if ranks.rank == 0:
         write_recipe(recipe)
     dist.barrier()
@@ -91,7 +93,10 @@ def train(recipe: Recipe) -> None:
             else:
                 state.update_average()
                 skipped.clear()
-            log.log(step, stage.name, stage.batch, {**metrics, "lr": engine.learning_rate})
+            metrics["lr"] = engine.learning_rate
+            if evaluation and evaluation.is_due(step + 1):
+                metrics["evaluation"] = evaluation.evaluate(step + 1, state)
+            log.log(step, stage.name, stage.batch, metrics)
             if len(skipped) >= recipe.optimizer.max_skipped:
                 raise TooManySkippedSteps(skipped_message(recipe, step, skipped))
             if checkpoint_is_due(recipe, step + 1, bool(skipped)):

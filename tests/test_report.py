@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -52,6 +53,8 @@ def write_run(folder: Path, seed: int = 0, stage: str = "forcing", caption: str 
         measured = StepMetrics()
         measured.add(["a", "b"], random_result(2, 10 * seed + step))
         about = {"skipped": 0, "grad_norm": 1.0, "rollout_share": 0.25, "lr": 1e-3}
+        if step % 3 == 2:
+            about["evaluation"] = {"clips": 2, "seconds": 0.0, "psnr": [10.0 + step, 9.0], "sharpness": [1.0, None]}
         log.log(step, recipe.span_at(step).stage.name, 2, {**measured.reduced(1), **about})
     log.close()
     write_evaluation(folder, caption, np.random.default_rng(seed))
@@ -131,7 +134,7 @@ def test_the_same_runs_give_the_same_bytes(runs, tmp_path):
 def test_the_page_carries_no_date(runs, tmp_path):
     page = page_of(runs, tmp_path / "page.html")
     page = re.sub(r"base64,[^\"]*", "", page)
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     assert not re.search(r"20\d\d-\d\d-\d\d|dc:date|\d\d:\d\d:\d\d", page)
 
 
@@ -150,7 +153,7 @@ def test_another_process_gives_the_same_bytes(runs, tmp_path):
 
 def test_the_page_has_a_plot_per_metric_and_a_row_per_run(runs, tmp_path):
     page = Page(page_of(runs, tmp_path / "page.html"))
-    assert page.count("svg") == 3 and page.count("video") == 3 + 2  # truth, two continuations, two prompts
+    assert page.count("svg") == 4 and page.count("video") == 3 + 2  # truth, two continuations, two prompts
     for metric in METRICS:
         assert metric.plot is None or metric.plot.title in page.texts
     for metric in GENERAL_METRICS:
@@ -174,7 +177,7 @@ def test_a_run_without_an_evaluation_is_told_by_its_training_alone(runs, tmp_pat
     (bare / "evaluation" / "evaluation.json").unlink()
     (bare / "videos" / "prompt.mp4").unlink()
     page = Page(page_of([bare], tmp_path / "page.html"))
-    assert page.count("svg") == 2 and page.count("video") == 0
+    assert page.count("svg") == 3 and page.count("video") == 0
 
 
 def test_a_run_on_other_segments_is_not_compared(runs, tmp_path):
@@ -282,4 +285,15 @@ def test_hostile_captions_and_names_are_text(runs, tmp_path):
     text = "".join(page.texts)
     assert text.count(HOSTILE) == 3  # the caption, the stage in the table and above the plot
     assert text.count(name) >= 8
-    assert page.count("svg") == 3
+    assert page.count("svg") == 4
+
+
+def test_evaluations_during_training_are_plotted_if_there_are_any(runs, tmp_path):
+    page = page_of(runs, tmp_path / "page.html")
+    assert "Quality during training" in page and "On 2 held-out clips" in page
+    assert "first, last segment" in page and "second, first segment" in page
+    shutil.copytree(runs[0], tmp_path / "run")
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    without = [{key: value for key, value in row.items() if key != "evaluation"} for row in rows]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in without))
+    assert "Quality during training" not in page_of([tmp_path / "run"], tmp_path / "page.html")

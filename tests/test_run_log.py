@@ -80,3 +80,10 @@ def test_other_ranks_write_nothing(recipe, tmp_path):
     log.print_line("a line")
     log.close()
     assert not (tmp_path / "none").exists()
+
+
+def test_the_time_of_an_evaluation_is_not_the_step_s(recipe, tmp_path):
+    wandb = write_steps(recipe, 0, 1, evaluation={"seconds": -100.0, "psnr": [1.0, float("nan")]})
+    (row,) = read_rows(tmp_path / "metrics.jsonl")
+    assert row["seconds"] > 100 and row["evaluation"]["psnr"] == [1.0, None]
+    assert wandb.rows[1]["evaluation/psnr/0"] == 1.0 and "evaluation/psnr/1" not in wandb.rows[1]

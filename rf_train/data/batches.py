@@ -18,16 +18,18 @@ from rf_train.model.transformer import pad_text
 
 
 def open_datasets(recipe: Recipe) -> dict[str, LatentDataset]:
-    """Every dataset that the stages name, by folder. Raises ValueError when codecs or text encoders differ."""
+    """Every dataset that training reads, by folder. Raises ValueError when codecs or text encoders differ."""
     folders = [recipe.dataset_of(stage) for stage in recipe.stages]
     if "" in folders:
         raise ValueError("data.train: no dataset folder is set")
+    if recipe.evaluation.every:
+        folders.append(recipe.data.evaluation)
     datasets = {folder: LatentDataset(folder, recipe.model) for folder in dict.fromkeys(folders)}
     first = next(iter(datasets.values()))
     for folder, dataset in datasets.items():
         for part in ("codec", "text"):
             if dataset.card[part]["hash"] != first.card[part]["hash"]:
-                raise ValueError(f"{folder}: its {part} is not that of {first.folder}; stages can't mix them")
+                raise ValueError(f"{folder}: its {part} is not that of {first.folder}; a run can't mix them")
     for stage in recipe.stages:
         datasets[recipe.dataset_of(stage)].clip_frames(stage)
     return datasets

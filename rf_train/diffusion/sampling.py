@@ -10,9 +10,10 @@ from torch import Tensor
 from rf_train.diffusion import flow_matching
 from rf_train.diffusion.flow_matching import FlowSettings
 from rf_train.diffusion.randomness import normal
-from rf_train.model.chunks import Attention
+from rf_train.model.chunks import Attention, Chunking
 from rf_train.model.kv_cache import KVCache
-from rf_train.model.transformer import VelocityModel
+from rf_train.model.settings import ModelSettings
+from rf_train.model.transformer import VelocityModel, pad_text
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,36 @@ class VideoRequest:
     height: int
     width: int
     given: Tensor | None = None  # [B, C, F, H, W] whole chunks that the videos begin with
+
+    @classmethod
+    def like(
+        cls,
+        card: dict,
+        settings: ModelSettings,
+        device: torch.device,
+        texts: list[Tensor],
+        frames: int,
+        seeds: list[int],
+        given: Tensor | None = None,
+    ) -> "VideoRequest":
+        """Videos of the latent size of a dataset, whose card this is, for captions' embeddings, each [L, text_dim]."""
+        empty = torch.tensor(card["empty_caption"], dtype=torch.float32)
+        return cls(
+            text=pad_text(texts, settings).to(device),
+            empty_text=pad_text([empty] * len(texts), settings).to(device),
+            seeds=seeds,
+            frames=frames,
+            height=card["latent"]["height"],
+            width=card["latent"]["width"],
+            given=None if given is None else given.to(device),
+        )
+
+
+def count_passes(chunking: Chunking, flow: FlowSettings, frames: int, given: int) -> int:
+    """The model's passes in `sample_chunks` for `frames` latent frames, of which the first `given` are given."""
+    known = len(chunking.sizes(given)) if given else 0
+    branches = 1 if flow.guidance == 1 else 2
+    return branches * (max(0, known - 1) + (len(chunking.sizes(frames)) - known) * flow.sampling_steps)
 
 
 @torch.no_grad()

@@ -16,7 +16,9 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -27,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_prep.files import sha256_of_file, sync, write_atomic, write_json
+from rf_train.engine.collectives import current_device, sum_over_ranks
 from rf_train.engine.zero import Engine
 
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
@@ -52,6 +55,26 @@ class TrainingState:
         decay = min(self.ema_decay, (1 + self.average_steps) / (10 + self.average_steps))
         masters = [fragment.master for fragment in self.local_fragments.values()]
         torch._foreach_lerp_(list(self.ema.values()), masters, 1 - decay)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Passes compute with the average meanwhile. A collective. An error in between must end the run."""
+        self._copy_to_weights(self.ema)
+        yield
+        self._copy_to_weights({name: fragment.master for name, fragment in self.local_fragments.items()})
+
+    def _copy_to_weights(self, tensors: dict[str, Tensor]) -> None:
+        """Makes the weights that passes compute with from the fragments of all ranks."""
+
+        def whole(name: str) -> Tensor:
+            found = torch.zeros(math.prod(self.shapes[name]), device=current_device())
+            if name in tensors:
+                begin = self.local_fragments[name].begin
+                found[begin : begin + tensors[name].numel()] = tensors[name]
+            return sum_over_ranks(found).view(self.shapes[name])
+
+        fragments = {name: replace(f, master=tensors[name]) for name, f in self.local_fragments.items()}
+        self.engine.copy_masters_to_weights(fragments, whole)
 
     def by_kind(self) -> dict[str, dict[str, Tensor]]:
         """{kind: {name: flat fp32 tensor}} of the engine's own tensors and of the average."""

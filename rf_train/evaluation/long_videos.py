@@ -94,6 +94,11 @@ class LongVideos:
     def pixel_spans(self) -> list[slice]:
         return [pixel_frames(span, self.codec.geometry) for span in self.spans]
 
+    @property
+    def segments_seconds(self) -> list[list[float]]:
+        """[begin, end] of each segment."""
+        return [[pixels.start / self.fps, pixels.stop / self.fps] for pixels in self.pixel_spans]
+
     def continued(self, sampler: Sampler, indices: Sequence[int]) -> Iterator[tuple[dict, VideoPair]]:
         """Continues these clips together. Yields a row and the two videos for each."""
         samples = [self.dataset.read(index) for index in indices]

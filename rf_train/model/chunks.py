@@ -99,3 +99,15 @@ class Routed(Attention, kind="routed"):
 
     def validate(self) -> None:
         require_at_least(1, self, "top_k")
+
+
+def attention_at_any_length(trained: Attention, chunks: int) -> Attention:
+    """The attention of generation after training with `trained` on clips of `chunks` chunks.
+
+    A window as wide as the history seen in training, or training's own window if that is narrower. So relative
+    positions stay inside what was trained, however long the video gets.
+    """
+    seen = chunks - 1
+    if isinstance(trained, Window) and trained.window + trained.sink <= seen:
+        return trained
+    return Window(window=seen) if seen else Dense()
