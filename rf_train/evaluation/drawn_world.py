@@ -20,7 +20,9 @@ COVERED = 0.5  # share of a pixel that a shape must cover to count
 FAR = 70.0  # RGB distance from a colour's line at which a pixel is of no colour
 SMALL = 0.2  # objects below this share of the smallest expected area are specks
 THERE = 1 / 3  # share of its expected area that an object must have to be there
-FILLS = {"square": 0.96, "circle": 0.785, "cross": 0.55}  # of the bounding box, as found in decoded videos
+# How much of its bounding box a kind fills, and how far from that it may be, both as found in decoded true videos.
+# What fits no kind of the world is a blob.
+FILLS = {"square": (0.96, 0.16), "circle": (0.785, 0.12), "cross": (0.55, 0.12)}
 NEAR = 2  # pixels between two objects at which one may hide part of the other, and their colours may mix
 HIDDEN_SECONDS = 2.0  # an object that vanished behind another one is lost when it is away for longer
 STRIDE_SECONDS = 0.75  # over which a velocity is measured, and a position predicted
@@ -40,7 +42,7 @@ class FoundObject:
     """An object that a picture shows. Positions and lengths are pixels, y down."""
 
     colour: str
-    kind: str  # the most similar kind of the world; "" if there is none
+    kind: str  # the kind of the world that it has; "" for a blob
     area: int
     centre: tuple[float, float]  # (x, y) of the box
     box: tuple[int, int, int, int]  # left, top, right, bottom; the last two are past the end
@@ -118,13 +120,17 @@ def _object(colour: str, x: np.ndarray, y: np.ndarray, kinds: Sequence[str]) -> 
 
 
 def _kind(x: np.ndarray, y: np.ndarray, box: tuple[int, int, int, int], kinds: Sequence[str]) -> str:
-    """The kind of an object: a ring if its middle is empty, else the one that fills its box most alike."""
+    """The kind of an object: a ring if its middle is empty, else the one that fills its box most alike.
+
+    "" for a blob.
+    """
     left, top, right, bottom = box
     middle = (abs(x + 0.5 - (left + right) / 2) <= 1) & (abs(y + 0.5 - (top + bottom) / 2) <= 1)
     if middle.sum() < 2 and "ring" in kinds:
         return "ring"
     fill = len(x) / ((right - left) * (bottom - top))
-    return min((kind for kind in kinds if kind in FILLS), key=lambda kind: abs(FILLS[kind] - fill), default="")
+    misses = {kind: abs(FILLS[kind][0] - fill) for kind in kinds if kind in FILLS}
+    return min((kind for kind in misses if misses[kind] <= FILLS[kind][1]), key=misses.__getitem__, default="")
 
 
 def near(a: FoundObject, b: FoundObject) -> bool:

@@ -76,6 +76,20 @@ def test_in_a_world_of_rings_a_full_shape_has_no_kind():
     assert [one.kind for one in find_objects(drawn([disc], 1), 10, ("ring",))[0]] == [""]
 
 
+def test_a_cross_whose_corners_fill_up_becomes_a_blob_before_it_counts_as_a_square():
+    cross = draw.Shape("cross", "red", 0.22, (0.5, 0.5), (0.0, 0.0))
+    frame = drawn([cross], 1)
+    (found,) = find_objects(frame, 10, DEMO.kinds)[0]
+    left, top, right, bottom = found.box
+    colour, kinds = frame[0, 16, 16].copy(), []
+    for filled in range((right - left) // 3 + 1):
+        part = frame.copy()
+        part[0, top : top + filled, left:right] = colour
+        part[0, bottom - filled : bottom, left:right] = colour
+        kinds.append(find_objects(part, 10, DEMO.kinds)[0][0].kind)
+    assert list(dict.fromkeys(kinds)) == ["cross", "", "square"]
+
+
 def test_captions_of_the_drawn_world_and_others():
     text = "a red square moving up in front of a blue ring moving down and left"
     assert named_objects(text) == [NamedObject("red", "square"), NamedObject("blue", "ring")]
