@@ -1,4 +1,6 @@
 # make demo                    from raw video files to a trained, sampled, measured model: runs/demo/report.html
+# make evidence                hours: every claim with several seeds: runs/evidence/results.md (rf_train/evidence)
+# make evidence E=--quick      the same in minutes, only to see that it runs; E="histories --seeds 1" a part of it
 # make test                    all tests;  make test T=tests/model  some of them
 # make test-fast               all but the slow tests: for everyday work
 # make lint, make format       what CI checks besides the tests; format the code
@@ -31,21 +33,34 @@ WORLD := --size 32x32 --shapes 1 --kinds square,cross --colours red,green,blue
 CLIPS := --fps 16 --size 32x32 --text default
 PROMPT := a red cross moving right
 
-.PHONY: demo test test-fast lint format setup clean
+E ?=
 
-demo: setup
-	$(DRAW) $(DATA)/videos/train --videos 1024 --frames 57 $(WORLD) --seed 0
-	$(DRAW) $(DATA)/videos/long --videos 32 --frames 237 $(WORLD) --seed 1
-	$(ENCODE) $(DATA)/videos/train $(DATA)/train $(CLIPS) --frames 57 --codec default --samples-per-shard 256
-	$(ENCODE) $(DATA)/videos/long $(DATA)/long $(CLIPS) --frames 237 --codec default:$(DATA)/train --samples-per-shard 128
-	$(TRAIN) demo optimizer.micro_batch=$(MICRO)
-	$(TRAIN) demo_teacher_forcing optimizer.micro_batch=$(MICRO)
+.PHONY: demo demo-data evidence test test-fast lint format setup clean
+
+demo: demo-data
+	$(TRAIN) demo optimizer.micro_batch=$(MICRO) evaluation.every=800
+	$(TRAIN) demo_teacher_forcing optimizer.micro_batch=$(MICRO) evaluation.every=800
 	$(BIN)/python -m rf_train.evaluate $(RUN) --clips 32 --batch 16
 	$(BIN)/python -m rf_train.evaluate $(RUN)_teacher_forcing --clips 32 --batch 16
 	@test -e $(RUN)/videos/prompt.mp4 || $(GENERATE) $(RUN) $(RUN)/videos/prompt.mp4 --seconds 10 --prompt "$(PROMPT)"
 	@test -e $(RUN)/videos/continued.mp4 || \
 		$(GENERATE) $(RUN) $(RUN)/videos/continued.mp4 --seconds 10 --video $(DATA)/videos/long/video-00000.mp4
 	$(BIN)/python -m rf_train.report $(RUN) $(RUN)_teacher_forcing
+
+demo-data: setup
+	$(DRAW) $(DATA)/videos/train --videos 1024 --frames 57 $(WORLD) --seed 0
+	$(DRAW) $(DATA)/videos/long --videos 32 --frames 237 $(WORLD) --seed 1
+	$(ENCODE) $(DATA)/videos/train $(DATA)/train $(CLIPS) --frames 57 --codec default --samples-per-shard 256
+	$(ENCODE) $(DATA)/videos/long $(DATA)/long $(CLIPS) --frames 237 --codec default:$(DATA)/train --samples-per-shard 128
+
+# Ten times the trained length to evaluate on, and clips of twice the length to train on.
+evidence: demo-data
+	$(DRAW) $(DATA)/videos/ten --videos 16 --frames 597 $(WORLD) --seed 2
+	$(DRAW) $(DATA)/videos/train_long --videos 512 --frames 117 $(WORLD) --seed 3
+	$(ENCODE) $(DATA)/videos/ten $(DATA)/ten $(CLIPS) --frames 597 --codec default:$(DATA)/train --samples-per-shard 128
+	$(ENCODE) $(DATA)/videos/train_long $(DATA)/train_long $(CLIPS) --frames 117 --codec default:$(DATA)/train \
+		--samples-per-shard 256
+	$(BIN)/python -m rf_train.evidence $(E)
 
 test: setup
 	$(BIN)/python -m pytest $(T)

@@ -18,10 +18,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import yaml
 
-from rf_train import train
+from rf_train import config, train
 from rf_train.evaluation.video_metrics import GENERAL_METRICS
 from rf_train.run_log import read_rows
+from rf_train.settings import set_by_path
 from tests.distributed import PROJECT, free_port, run_distributed
 
 pytestmark = pytest.mark.slow
@@ -167,6 +169,41 @@ def test_evaluation_and_the_report(walked):
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)[^"']*""", page)
 
 
+def test_the_evidence_of_an_experiment_and_the_same_seed_gives_the_same_row(walked):
+    """Two arms that share a first stage, each with one seed, on two ranks."""
+    here, _ = walked
+    recipe = {**config.read_plain(config.recipe_path("demo")), "stages": yaml.safe_load(TINY_STAGES[0][7:])[:2]}
+    for override in TINY:
+        key, _, value = override.partition("=")
+        set_by_path(recipe, key, yaml.safe_load(value))
+    recipe["data"] = {"train": "data/train"}
+    (here / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    arms = [
+        {"name": "ours", "title": "ours", "recipe": "tiny.yaml"},
+        {
+            "name": "base",
+            "title": "base",
+            "recipe": "tiny.yaml",
+            "start": "ours",
+            "settings": ["stages.1.history=clean"],
+        },
+    ]
+    experiments = [{"name": "histories", "question": "Which?", "arms": ["base", "ours"], "seeds": 1}]
+    plain = {"clips": {"data": "data/long", "count": 2}, "arms": arms, "experiments": experiments}
+    (here / "experiments.yaml").write_text(yaml.safe_dump(plain))
+    found = []
+    for out in ("one", "two"):
+        succeed_here(
+            "rf_train.evidence.__main__", "--file", "experiments.yaml", "--out", out, "--ranks", 2, folder=here
+        )
+        results = json.loads((here / out / "results.json").read_text())
+        assert "ours against base" in (here / out / "results.md").read_text()
+        found.append({arm: results[arm]["0"]["metrics"] for arm in ("ours", "base")})
+    assert found[0] == found[1] and found[0]["ours"] != found[0]["base"]
+    rows = read_rows(here / "one/runs/base/seed0/metrics.jsonl")
+    assert [row["step"] for row in rows] == [5, 6, 7]  # the first stage is that of the other arm
+
+
 def test_the_plan_of_a_recipe(walked):
     here, _ = walked
     printed = succeed("rf_train.plan", *RECIPE, "--gpus", 2, "--json", folder=here)
@@ -215,6 +252,7 @@ BAD_INPUT = [
     ([*TRAIN, "data.train=empty"], "empty: not a dataset"),
     ([*TRAIN, "data.train=data/train", "model.text_dim=63"], "model.text_dim is 63"),
     ([*TRAIN, "data.train=data/train", "stages.0.batch=7"], "batch=7 is not a multiple"),
+    ([*TRAIN, "data.train=data/train", "evaluation.every=5"], "data.evaluation: data/demo/long: no such folder"),
     (["rf_train.train", "nowhere.yaml"], "nowhere.yaml: no such recipe"),
     (["rf_train.generate", "runs/none", "o.mp4", "--prompt", "x"], "runs/none: not a run"),
     (["rf_train.generate", "runs/r", "o.mp4"], "give --prompt TEXT, --video FILE or both"),

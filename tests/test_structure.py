@@ -21,6 +21,7 @@ LAYERS = (
     ("rf_train.train", "rf_train.generate", "rf_train.bench"),
     ("rf_train.evaluate", "rf_train.plan"),
     ("rf_train.report",),
+    ("rf_train.evidence",),
 )
 
 

@@ -7,6 +7,7 @@ recipe. So they are the same with any number of replicas, and after any resume.
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
@@ -23,6 +24,10 @@ def open_datasets(recipe: Recipe) -> dict[str, LatentDataset]:
     if "" in folders:
         raise ValueError("data.train: no dataset folder is set")
     if recipe.evaluation.every:
+        if not Path(recipe.data.evaluation).is_dir():
+            raise ValueError(
+                f"data.evaluation: {recipe.data.evaluation}: no such folder; evaluation.every needs long held-out clips"
+            )
         folders.append(recipe.data.evaluation)
     datasets = {folder: LatentDataset(folder, recipe.model) for folder in dict.fromkeys(folders)}
     first = next(iter(datasets.values()))

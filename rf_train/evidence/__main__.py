@@ -1,0 +1,116 @@
+"""The method's claims, tested where anyone can run them:  python -m rf_train.evidence [EXPERIMENT ...]
+
+Trains and evaluates every arm of the experiments with every seed, and writes a page of what they gave. It can be
+stopped anywhere: the same command goes on. Hours on two CPU cores; `--quick` only shows that everything runs.
+"""
+
+import argparse
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data_prep.command import run_command
+from rf_train import config
+from rf_train.evidence.experiments import FILE, Arm, Plan, chosen, read_evidence
+from rf_train.evidence.results import add_record, read_records, record_of, write_page
+
+
+def runs_needed(plan: Plan, names: list[str], arms: list[str], seeds: int) -> list[tuple[Arm, int]]:
+    """(arm, seed) of every run that the experiments compare, seed by seed."""
+    wanted: dict[tuple[int, str], None] = {}
+    for experiment in chosen(plan.evidence, names):
+        for seed in range(seeds or experiment.seeds):
+            wanted.update({(seed, arm): None for arm in experiment.arms if not arms or arm in arms})
+    if not wanted:
+        raise ValueError(f"no chosen experiment has the arm {', '.join(arms)}")
+    return [(plan.evidence.arm[arm], seed) for seed, arm in sorted(wanted, key=lambda pair: pair[0])]
+
+
+def check_data(plan: Plan, arm: Arm) -> None:
+    """Raises ValueError when a dataset that an arm needs isn't there."""
+    recipe = config.load(config.recipe_path(arm.recipe), arm.settings)
+    for folder in (plan.evidence.clips.data, *(recipe.dataset_of(stage) for stage in recipe.stages)):
+        if not (Path(folder) / "dataset.json").is_file():
+            raise ValueError(f"{folder}: no dataset; `make evidence` draws and encodes all that the experiments need")
+
+
+def run_arm(plan: Plan, arm: Arm, seed: int) -> None:
+    """Trains an arm, after the one that it starts from, and evaluates it. What is done already is not done again."""
+    train(plan, arm, seed)
+    run(plan.evaluation(arm, seed), plan.folder(arm.name, seed))
+
+
+def train(plan: Plan, arm: Arm, seed: int) -> None:
+    if arm.start:
+        train(plan, plan.evidence.arm[arm.start], seed)
+    run(plan.training(arm, seed), plan.folder(arm.name, seed))
+
+
+def run(command: list[str], folder: Path) -> None:
+    """Runs one of the plan's commands; what it prints goes to a file beside the run's folder.
+
+    Raises ValueError with the last line that it printed when it fails.
+    """
+    here = Path(sys.executable).parent
+    program, *rest = command
+    if program == "deepspeed":
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        start = [str(here / program) if (here / program).is_file() else program, "--master_port", str(port)]
+    else:
+        start = [sys.executable]
+    log = folder.with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as file:
+        code = subprocess.run([*start, *rest], stdout=file, stderr=subprocess.STDOUT).returncode
+    if code:
+        errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error")]
+        raise ValueError(f"{' '.join(command)}: exit code {code}: {errors[-1] if errors else f'see {log}'}")
+
+
+def gather_evidence(options: argparse.Namespace) -> None:
+    """Does what the command line asks for."""
+    ranks = options.ranks or torch.cuda.device_count() or 2
+    plan = Plan(read_evidence(Path(options.file)), Path(options.out), ranks, options.quick)
+    seeds = options.seeds or (2 if options.quick else 0)
+    needed = runs_needed(plan, options.experiments, options.arm, seeds)
+    for arm, _ in needed:
+        check_data(plan, arm)
+    if options.list:
+        for arm, seed in needed:
+            print(" ".join(plan.training(arm, seed)), " ".join(plan.evaluation(arm, seed)), sep="\n")
+        return
+    path = plan.out / "results.json"
+    records = read_records(path)
+    for arm, seed in tqdm(needed, unit="run", desc="evidence"):
+        if str(seed) not in records.get(arm.name, {}):
+            tqdm.write(f"{arm.name}, seed {seed}")
+            run_arm(plan, arm, seed)
+            records = add_record(path, arm.name, seed, record_of(plan, arm, seed))
+            write_page(plan, records)
+    print(write_page(plan, records))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="rf_train.evidence", description="Trains and compares what the method claims."
+    )
+    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="default: all of experiments.yaml")
+    parser.add_argument("--file", default=str(FILE), help="the experiments (the shipped experiments.yaml)")
+    parser.add_argument("--out", default="runs/evidence", help="folder of the runs and the results (runs/evidence)")
+    parser.add_argument("--arm", action="append", default=[], help="only this arm; can be given again")
+    parser.add_argument("--seeds", type=int, default=0, help="seeds 0 .. N - 1 (default: as the experiment says)")
+    parser.add_argument("--ranks", type=int, default=0, help="ranks of each training (default: the GPUs, else 2)")
+    parser.add_argument("--quick", action="store_true", help="few steps and clips: only to see that everything runs")
+    parser.add_argument("--list", action="store_true", help="print the commands, and run none")
+    options = parser.parse_args(arguments)
+    return run_command(lambda: gather_evidence(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""The experiments of `experiments.yaml`: which runs they need, and the settings of each run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+from rf_train import config
+from rf_train.config import Recipe
+from rf_train.planning import costs
+from rf_train.planning.costs import Cluster, StageCase
+from rf_train.settings import from_plain, require, require_at_least
+
+FILE = Path(__file__).parent / "experiments.yaml"
+QUICK_STEPS = 40  # by which `--quick` divides the steps of each stage
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: a recipe with changed settings. See the head of experiments.yaml."""
+
+    name: str = ""
+    title: str = ""
+    recipe: str = "demo"
+    start: str = ""  # the arm whose first stage this one shares
+    settings: tuple[str, ...] = ()  # a.b=c
+    equal_compute: str = ""  # the arm whose last stage costs as many FLOP as this one's
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A question, and the arms whose comparison answers it."""
+
+    name: str = ""
+    question: str = ""
+    arms: tuple[str, ...] = ()
+    seeds: int = 3
+
+    def validate(self) -> None:
+        require_at_least(1, self, "seeds")
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The held-out clips that every run is evaluated on."""
+
+    data: str = ""
+    count: int = 16
+
+    def validate(self) -> None:
+        require_at_least(1, self, "count")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All arms and experiments."""
+
+    arms: tuple[Arm, ...] = ()
+    experiments: tuple[Experiment, ...] = ()
+    clips: Clips = field(default_factory=Clips)
+
+    def validate(self) -> None:
+        names = {arm.name for arm in self.arms}
+        used = [name for arm in self.arms for name in (arm.start, arm.equal_compute) if name]
+        used += [name for experiment in self.experiments for name in experiment.arms]
+        unknown = sorted(set(used) - names)
+        require(not unknown, f"arms: there is no {', '.join(unknown)}")
+
+    @cached_property
+    def arm(self) -> dict[str, Arm]:
+        return {arm.name: arm for arm in self.arms}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the experiments are run: where, on how many ranks, and whether only to see that they run."""
+
+    evidence: Evidence
+    out: Path
+    ranks: int = 2
+    quick: bool = False
+
+    def folder(self, arm: str, seed: int) -> Path:
+        """Where the run of an arm with a seed is."""
+        return self.out / "runs" / arm / f"seed{seed}"
+
+    def recipe(self, arm: Arm) -> Recipe:
+        """The arm's recipe, with the steps that it really takes."""
+        plain = config.load(config.recipe_path(arm.recipe), [*arm.settings, *self._micro_batch(arm)])
+        if self.quick:
+            stages = tuple(replace(stage, steps=max(2, stage.steps // QUICK_STEPS)) for stage in plain.stages)
+            plain = replace(plain, stages=stages)
+        if arm.equal_compute:
+            other = self.recipe(self.evidence.arm[arm.equal_compute])
+            *first, last = plain.stages
+            own, aim = (step_flop(recipe, self.ranks, -1) for recipe in (plain, other))
+            steps = max(1, round(other.stages[-1].steps * aim / own))
+            plain = replace(plain, stages=(*first, replace(last, steps=steps)))
+        return plain
+
+    def _micro_batch(self, arm: Arm) -> list[str]:
+        recipe = config.load(config.recipe_path(arm.recipe), arm.settings)
+        batch = recipe.stages[0].batch
+        require(batch % self.ranks == 0, f"--ranks {self.ranks} does not divide the batch of {batch} clips")
+        return [f"optimizer.micro_batch={batch // self.ranks}"]
+
+    def overrides(self, arm: Arm, seed: int) -> list[str]:
+        """The settings on the command line of the training of an arm with a seed."""
+        recipe = self.recipe(arm)
+        steps = [f"stages.{i}.steps={stage.steps}" for i, stage in enumerate(recipe.stages)]
+        own = [f"run.out={self.folder(arm.name, seed)}", f"run.seed={seed}", "evaluation.every=0"]
+        if arm.start:
+            own += [f"start.run={self.folder(arm.start, seed)}", f"start.step={recipe.stages[0].steps}"]
+        return [*arm.settings, *steps, *self._micro_batch(arm), *own]
+
+    def training(self, arm: Arm, seed: int) -> list[str]:
+        """The command that trains an arm with a seed, after that of `arm.start`."""
+        launcher = ["deepspeed", "--num_accelerators", str(self.ranks), "--module", "rf_train.train"]
+        return [*launcher, arm.recipe, *self.overrides(arm, seed)]
+
+    def evaluation(self, arm: Arm, seed: int) -> list[str]:
+        """The command that evaluates this run."""
+        count = 2 if self.quick else self.evidence.clips.count
+        clips = ["--data", self.evidence.clips.data, "--clips", str(count), "--batch", "16", "--videos", "2"]
+        return ["python", "-m", "rf_train.evaluate", str(self.folder(arm.name, seed)), *clips]
+
+    def tflop(self, arm: Arm) -> float:
+        """TFLOP of the whole training of an arm, its first stage included; a rollout counts."""
+        recipe = self.recipe(arm)
+        steps = [step_flop(recipe, self.ranks, i) * stage.steps for i, stage in enumerate(recipe.stages)]
+        return sum(steps) / 1e12
+
+
+def step_flop(recipe: Recipe, ranks: int, position: int) -> float:
+    """FLOP of a step of a stage, as `rf_train.plan` counts them."""
+    position %= len(recipe.stages)
+    clip = costs.clip_of(recipe, position, (32, 32))
+    zero = costs.read_zero(recipe.run.deepspeed)
+    return sum(costs.flop(StageCase(recipe, recipe.stages[position], clip, zero, Cluster(ranks))).values())
+
+
+def read_evidence(path: Path) -> Evidence:
+    """The experiments. Raises a one-line ValueError for a file that isn't right."""
+    return from_plain(Evidence, config.read_plain(path))
+
+
+def chosen(evidence: Evidence, names: Sequence[str]) -> list[Experiment]:
+    """The experiments of these names; all without any. Raises ValueError for a name that isn't there."""
+    known = {experiment.name: experiment for experiment in evidence.experiments}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"no experiment {unknown[0]!r}; there are {', '.join(known)}")
+    return [known[name] for name in names or known]

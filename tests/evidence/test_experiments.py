@@ -1,0 +1,107 @@
+"""The experiments: each run trains what its arm describes, and compute is equal where that is said."""
+
+import json
+import sys
+
+import pytest
+
+from rf_train import config
+from rf_train.evidence import __main__ as command
+from rf_train.evidence.experiments import FILE, Clips, Evidence, Experiment, Plan, chosen, read_evidence, step_flop
+from rf_train.settings import from_plain
+from tests.conftest import write_dataset
+
+SHIPPED = read_evidence(FILE)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    """The shipped experiments on small datasets in the demo's shapes."""
+    folder = tmp_path_factory.mktemp("data")
+    demo = config.load(config.recipe_path("demo")).model
+    for name, frames in (("train", 15), ("train_long", 30), ("ten", 20)):
+        write_dataset(folder / name, count=6, frames=frames, settings=demo, height=4, width=4)
+    plain = config.read_plain(config.recipe_path("demo"))
+    plain["data"]["train"] = str(folder / "train")
+    recipe = folder / "demo.yaml"
+    recipe.write_text(json.dumps(plain))
+    arms = []
+    for arm in SHIPPED.arms:
+        settings = tuple(text.replace("data/demo/train_long", str(folder / "train_long")) for text in arm.settings)
+        arms.append(type(arm)(arm.name, arm.title, str(recipe), arm.start, settings, arm.equal_compute))
+    evidence = Evidence(tuple(arms), SHIPPED.experiments, Clips(str(folder / "ten"), 4))
+    return Plan(evidence, folder / "out")
+
+
+def load(arguments: list[str]) -> config.Recipe:
+    """The recipe that a training command trains."""
+    recipe, *overrides = arguments[arguments.index("rf_train.train") + 1 :]
+    return config.load(recipe, overrides)
+
+
+def test_every_arm_trains_what_it_says(plan):
+    folders = set()
+    for arm in plan.evidence.arms:
+        recipe = load(plan.training(arm, 3))
+        assert recipe.run.seed == 3 and recipe.evaluation.every == 0
+        assert recipe.optimizer.micro_batch * plan.ranks == recipe.stages[0].batch
+        folders.add(recipe.run.out)
+        if arm.start:  # the first stage is that of the arm that it starts from
+            first = load(plan.training(plan.evidence.arm[arm.start], 3))
+            assert recipe.start.run == first.run.out and recipe.start.step == first.stages[0].steps
+            assert recipe.model == first.model and recipe.stages[0] == first.stages[0]
+    assert len(folders) == len(plan.evidence.arms)
+    arm = plan.evidence.arm
+    assert load(plan.training(arm["noise"], 0)).stages[1].history.kind == "noise"
+    assert load(plan.training(arm["shift_3"], 0)).stages[1].history.t_shift == 3
+    assert load(plan.training(arm["window_and_sink"], 0)).stages[1].attention.sink == 1
+
+
+@pytest.mark.parametrize("name", ["teacher_forcing_equal_compute", "long_equal_compute"])
+def test_equal_compute_is_equal_within_a_step(plan, name):
+    arm = plan.evidence.arm[name]
+    ours, theirs = plan.recipe(arm), plan.recipe(plan.evidence.arm["autoregressive"])
+    per_step = [step_flop(recipe, plan.ranks, -1) for recipe in (ours, theirs)]
+    totals = [flop * recipe.stages[-1].steps for flop, recipe in zip(per_step, (ours, theirs))]
+    assert abs(totals[0] - totals[1]) <= per_step[0]
+    assert (ours.stages[-1].steps > theirs.stages[-1].steps) == (name == "teacher_forcing_equal_compute")
+
+
+def test_quick_takes_few_steps_of_every_stage(plan):
+    quick = Plan(plan.evidence, plan.out, quick=True)
+    for arm in plan.evidence.arms:
+        assert all(2 <= stage.steps <= 60 for stage in load(quick.training(arm, 0)).stages)
+
+
+def test_the_runs_that_experiments_need_are_named_once_and_seed_by_seed(plan):
+    runs = [(arm.name, seed) for arm, seed in command.runs_needed(plan, ["histories", "shift"], [], 0)]
+    assert len(set(runs)) == len(runs) == 5 * 5 + 3 * 2 and [seed for _, seed in runs] == sorted(s for _, s in runs)
+    assert command.runs_needed(plan, ["shift"], ["shift_3"], 1) == [(plan.evidence.arm["shift_3"], 0)]
+    for names, arms, words in ((["none"], [], "no experiment 'none'"), ([], ["none"], "no chosen experiment")):
+        with pytest.raises(ValueError, match=words):
+            command.runs_needed(plan, names, arms, 0)
+    assert [one.name for one in chosen(plan.evidence, [])] == [one.name for one in SHIPPED.experiments]
+
+
+def test_an_arm_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="there is no b, c"):
+        from_plain(
+            Evidence, {"arms": [{"name": "a", "start": "b"}], "experiments": [{"name": "x", "arms": ["a", "c"]}]}
+        )
+    with pytest.raises(ValueError, match="seeds"):
+        from_plain(Experiment, {"seeds": 0})
+
+
+def test_data_that_is_not_there_is_one_line(plan, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command.main(["histories", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("error: data/demo/ten: no dataset; `make evidence`")
+
+
+def test_a_command_that_fails_is_told_with_its_error(tmp_path):
+    folder = tmp_path / "runs" / "arm" / "seed0"
+    with pytest.raises(ValueError, match=r"exit code 3: error: no luck"):
+        command.run(["python", "-c", "print('error: no luck'); raise SystemExit(3)"], folder)
+    assert folder.with_suffix(".log").read_text() == "error: no luck\n"
+    command.run(["python", "-c", "import sys; print(sys.executable)"], folder)
+    assert folder.with_suffix(".log").read_text().endswith(f"{sys.executable}\n")

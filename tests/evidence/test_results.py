@@ -1,0 +1,100 @@
+"""Results: what runs gave is kept by arm and seed, and the page says what the numbers say."""
+
+import json
+
+import pytest
+
+from rf_train.evidence import __main__ as command
+from rf_train.evidence import results
+from rf_train.evidence.experiments import Arm, Clips, Evidence, Experiment, Plan
+from rf_train.evidence.results import add_record, read_records, write_page
+
+SEGMENTS = [[0.5, 1.0], [1.0, 2.0]]
+EVIDENCE = Evidence(
+    arms=(Arm("a", "arm A"), Arm("b", "arm B"), Arm("c", "arm C")),
+    experiments=(Experiment("first", "Which one?", ("a", "b"), 2), Experiment("other", "And C?", ("b", "c"), 2)),
+    clips=Clips("data", 2),
+)
+
+
+def record(shape: float, **changes) -> dict:
+    return {
+        "metrics": {"shape_kept": [1.0, shape], "speed": [1.0, None], "frechet": [0.1, 0.2]}, "history": None,
+        "segments_seconds": SEGMENTS, "clips": 2, "steps": 10, "tflop": 7.0, "minutes": 1.0,
+        "versions": {"torch": "2"}, "training": ["deepspeed", "x"], "evaluation": ["python", "y"], **changes,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def plan(tmp_path):
+    return Plan(EVIDENCE, tmp_path)
+
+
+def test_the_page_gives_mean_and_spread_over_seeds_and_compares_seed_by_seed(plan):
+    path = plan.out / "results.json"
+    for arm, shapes in (("a", [0.2, 0.4]), ("b", [0.9, 0.3])):
+        for seed, shape in enumerate(shapes):
+            records = add_record(path, arm, seed, record(shape))
+    page = write_page(plan, records).read_text()
+    assert "| arm A | 1.00 ± 0.00 | 0.30 ± 0.14 |" in page and "| arm B | 1.00 ± 0.00 | 0.60 ± 0.42 |" in page
+    assert "- arm B against arm A: 0.30 ± 0.57, better with 1 of 2 seeds" in page
+    assert "0.5-1.0 s" in page and "| arm A | 1.00 ± 0.00 | - |" in page  # speed was not measured at the end
+    assert "And C?" not in page and "objects kept" not in page
+    assert "rf_train.evidence first --arm b --seeds 1" in page
+    assert (plan.out / "first.png").read_bytes().startswith(b"\x89PNG") and not (plan.out / "other.png").exists()
+
+
+def test_equal_results_give_equal_files(plan, tmp_path):
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        own = Plan(EVIDENCE, folder)
+        for arm in "ab":
+            records = add_record(folder / "results.json", arm, 0, record(0.5))
+        write_page(own, records)
+    for name in ("results.json", "results.md", "first.png"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_without_shapes_arms_are_compared_by_frechet_distance(plan):
+    for arm, distance in (("a", 0.5), ("b", 0.2)):
+        own = record(0.0, metrics={"sharpness": [1.0, 1.0], "frechet": [0.1, distance]})
+        records = add_record(plan.out / "results.json", arm, 0, own)
+    assert "arm B against arm A: -0.30 ± 0.00, better with 1 of 1 seeds" in write_page(plan, records).read_text()
+
+
+def test_histories_are_told_by_their_last_quarter(plan):
+    history = {"solver_steps": 1, "truth": [0.0, 0.0, 0.0, 0.25], "solver": [0.0, 0.0, 0.0, 0.5]}
+    for arm in "ab":
+        records = add_record(plan.out / "results.json", arm, 0, record(0.5, history=history))
+    assert "| arm A | 1 | 0.25 ± 0.00 | 0.50 ± 0.00 |" in write_page(plan, records).read_text()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"a": {"0": {}}}', '{"a": {"0": {"metrics": 1}}}'])
+def test_a_file_that_is_not_ours_is_one_line(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=r"results\.json: not the results of this version"):
+        read_records(tmp_path / "results.json")
+
+
+def test_what_is_done_is_not_done_again_and_a_failure_keeps_what_is_done(plan, monkeypatch, capsys):
+    """The trainings are replaced; `tests/test_end_to_end.py` runs real ones."""
+    ran = []
+
+    def run_arm(plan, arm, seed):
+        if (arm.name, seed) == ("b", 1):
+            raise ValueError("the power went")
+        ran.append((arm.name, seed))
+
+    monkeypatch.setattr(command, "read_evidence", lambda _: EVIDENCE)
+    monkeypatch.setattr(command, "check_data", lambda *_: None)
+    monkeypatch.setattr(command, "run_arm", run_arm)
+    monkeypatch.setattr(command, "record_of", lambda *_: record(0.5))
+    arguments = ["first", "--out", str(plan.out)]
+    assert command.main(arguments) == 2 and "the power went" in capsys.readouterr().err
+    assert ran == [("a", 0), ("b", 0), ("a", 1)]
+    monkeypatch.setattr(command, "run_arm", lambda plan, arm, seed: ran.append((arm.name, seed)))
+    assert command.main(arguments) == 0 and ran[3:] == [("b", 1)]
+    assert command.main(arguments) == 0 and len(ran) == 4
+    assert {arm: list(seeds) for arm, seeds in json.loads((plan.out / "results.json").read_text()).items()} == {
+        "a": ["0", "1"], "b": ["0", "1"],
+    }  # fmt: skip
+    assert results.read_records(plan.out / "none.json") == {}
