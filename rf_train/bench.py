@@ -1,4 +1,4 @@
-"""Measures parts of the project:  python -m rf_train.bench attention|model|step|rollout
+"""Measures parts of the project:  python -m rf_train.bench attention|routing|model|step|rollout
 
 Each prints a table for people and, as its last line, one JSON object with the same figures. Things that are compared
 are measured in turn, in one run. Figures are ratios of medians, because machines are noisy.
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,9 @@ from rf_train.diffusion.randomness import LOSS_DRAWS, make_draws
 from rf_train.engine.collectives import start_ranks
 from rf_train.engine.zero import build_engine
 from rf_train.model.attention import PassLayout, two_stream_attention
-from rf_train.model.chunks import Chunk, Dense
+from rf_train.model.chunks import Chunk, Dense, Routed
+from rf_train.model.kv_cache import LayerKVCache, chunk_means
+from rf_train.model.routing import RoutedRows, RoutingPlan, choose_slots, masked_routing
 from rf_train.model.settings import ModelSettings
 from rf_train.model.transformer import CausalWan
 
@@ -90,10 +93,10 @@ def dense_mask(chunk: int, chunks: int) -> Tensor:
     return torch.where(noisy[:, None], of_noisy, of_history).to(device())
 
 
-def two_streams(chunk: int, chunks: int) -> PassLayout:
-    """A training pass of N chunks of `chunk` tokens."""
+def two_streams(chunk: int, chunks: int, top_k: int = 0) -> PassLayout:
+    """A training pass of N chunks of `chunk` tokens, routed if `top_k` is set."""
     all_chunks = tuple(Chunk(index, chunk) for index in range(chunks))
-    return PassLayout(all_chunks[:-1], all_chunks, Dense())
+    return PassLayout(all_chunks[:-1], all_chunks, Routed(top_k) if top_k else Dense())
 
 
 def random_qkv(heads: int, head_dim: int, layout: PassLayout) -> list[Tensor]:
@@ -158,9 +161,91 @@ def bench_attention(options: argparse.Namespace) -> Result:
     return lines, figures
 
 
-def run_attention(heads: int, head_dim: int, chunk: int, chunks: int) -> None:
-    """One forward and backward of two-stream attention."""
-    layout = two_streams(chunk, chunks)
+def bench_routing(options: argparse.Namespace) -> Result:
+    """Compares routed attention with dense attention and with routing under a mask; memory; a generated chunk."""
+    heads, chunk, top_k = options.heads, options.tokens, options.top_k
+    head_dim = 128 if torch.cuda.is_available() else 64
+    few, many = options.chunks, 4 * options.chunks
+    seconds: dict[str, float] = {}
+    for chunks in (few, many):
+        qkv = random_qkv(heads, head_dim, two_streams(chunk, chunks))
+        grad = torch.randn_like(qkv[0])
+        functions: dict[str, Callable[[], object]] = {
+            name: partial(forward_and_backward, qkv, two_streams(chunk, chunks, k), grad)
+            for name, k in ((f"routed {chunks}", top_k), (f"dense {chunks}", 0))
+        }
+        if chunks == few:
+            functions[f"mask {few}"] = partial(masked_by_chunk, qkv, chunk, few, top_k, grad)
+        seconds |= timed(functions, options.rounds)
+    early, late = 16, 128  # chunks of history
+    steps = {f"chunk {n}": generated_chunk(heads, head_dim, chunk, n, top_k) for n in (early, late)}
+    seconds |= timed({**steps}, 4 * options.rounds)
+    small, large = (peak_bytes(heads, head_dim, chunk, n, top_k) for n in (few, many))
+    read = 2 * sum(min(i, top_k + 1) for i in range(1, many + 1)) - min(many, top_k + 1)
+    promise = many**2 / read
+    speedups = {n: seconds[f"dense {n}"] / seconds[f"routed {n}"] for n in (few, many)}
+    figures = {
+        **machine("routing"),
+        "tokens_per_chunk": chunk,
+        "heads": heads,
+        "head_dim": head_dim,
+        "top_k": top_k,
+        f"speedup_over_dense_{few}": speedups[few],
+        f"speedup_over_dense_{many}": speedups[many],
+        f"speedup_over_mask_{few}": seconds[f"mask {few}"] / seconds[f"routed {few}"],
+        f"share_of_promise_{many}": speedups[many] / promise,
+        f"memory_growth_{few}_to_{many}": large / small,
+        f"chunk_price_{late}_over_{early}": seconds[f"chunk {late}"] / seconds[f"chunk {early}"],
+        "seconds": seconds,
+    }
+    lines = [
+        f"routed attention, top {top_k}, {heads} heads of {head_dim}, chunks of {chunk} tokens, {dtype()}, {device()}"
+    ]
+    lines += [f"  {name:<12} {value * 1e3:10.1f} ms" for name, value in seconds.items()]
+    lines.append(
+        f"  {many} chunks: {speedups[many]:.2f} x as fast as dense; the saved arithmetic promises {promise:.2f} x"
+    )
+    lines.append(f"  peak memory, {few} -> {many} chunks: {small / 2**20:.1f} -> {large / 2**20:.1f} MiB")
+    return lines, figures
+
+
+def forward_and_backward(qkv: list[Tensor], layout: PassLayout, grad: Tensor) -> None:
+    two_stream_attention(qkv[0], qkv[1], qkv[2], layout).backward(grad)
+
+
+def masked_by_chunk(qkv: list[Tensor], chunk: int, chunks: int, top_k: int, grad: Tensor) -> None:
+    """Routing under a mask, one chunk's queries after another, each over the keys that they may read."""
+    q, k, v = qkv
+    history, outs = (chunks - 1) * chunk, []
+    means = chunk_means(k[:, :, :history], [chunk] * (chunks - 1))
+    for number in range(2 * chunks - 1):
+        earlier = number if number < chunks - 1 else number - (chunks - 1)
+        own = slice(number * chunk, (number + 1) * chunk)
+        rows = q[:, :, own]
+        keys, values = (torch.cat([x[:, :, : earlier * chunk], x[:, :, own]], dim=2) for x in (k, v))
+        if earlier <= top_k:
+            outs.append(F.scaled_dot_product_attention(rows, keys, values))
+            continue
+        bounds = tuple(range(0, (earlier + 2) * chunk, chunk))
+        plan = RoutingPlan((RoutedRows(chunk, earlier, earlier),), bounds, Routed(top_k))
+        outs.append(masked_routing(rows, keys, values, plan, choose_slots(rows, means, plan)))
+    torch.cat(outs, dim=2).backward(grad)
+
+
+def generated_chunk(heads: int, head_dim: int, chunk: int, history: int, top_k: int) -> Callable[[], object]:
+    """One layer's attention of a denoising step, after `history` cached chunks."""
+    place: dict[str, Any] = {"dtype": dtype(), "device": device()}
+    cache = LayerKVCache(1, heads, history * chunk, chunk, head_dim, sink=0, **place)
+    keys = torch.randn(1, heads, history * chunk, head_dim, **place)
+    cache.append(keys, keys, [Chunk(index, chunk) for index in range(history)])
+    layout = PassLayout((), (Chunk(history, chunk),), Routed(top_k))
+    q, k, v = (torch.randn(1, heads, chunk, head_dim, **place) for _ in range(3))
+    return torch.no_grad()(lambda: two_stream_attention(q, k, v, layout, cache))
+
+
+def run_attention(heads: int, head_dim: int, chunk: int, chunks: int, top_k: int = 0) -> None:
+    """One forward and backward of two-stream attention, routed if `top_k` is set."""
+    layout = two_streams(chunk, chunks, top_k)
     q, k, v = random_qkv(heads, head_dim, layout)
     two_stream_attention(q, k, v, layout).sum().backward()
 
@@ -169,19 +254,19 @@ def run_attention(heads: int, head_dim: int, chunk: int, chunks: int) -> None:
 _PEAK_ON_CPU = """
 import resource, sys
 from rf_train.bench import run_attention
-heads, head_dim, chunk, chunks = map(int, sys.argv[1:])
-run_attention(heads, head_dim, 16, 2)
+heads, head_dim, chunk, chunks, top_k = map(int, sys.argv[1:])
+run_attention(heads, head_dim, 16, 2 + 2 * top_k, top_k)
 open("/proc/self/clear_refs", "w").write("5")
 before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-run_attention(heads, head_dim, chunk, chunks)
+run_attention(heads, head_dim, chunk, chunks, top_k)
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(int(peak.split()[1]) * 1024 - before)
 """
 
 
-def peak_bytes(heads: int, head_dim: int, chunk: int, chunks: int) -> int:
+def peak_bytes(heads: int, head_dim: int, chunk: int, chunks: int, top_k: int = 0) -> int:
     """Peak memory, in bytes, that forward and backward of two-stream attention add."""
-    numbers = (heads, head_dim, chunk, chunks)
+    numbers = (heads, head_dim, chunk, chunks, top_k)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -348,6 +433,7 @@ def bench_rollout(options: argparse.Namespace) -> Result:
 
 BENCHES: dict[str, Callable[[argparse.Namespace], Result]] = {
     "attention": bench_attention,
+    "routing": bench_routing,
     "model": bench_model,
     "step": bench_step,
     "rollout": bench_rollout,
@@ -358,14 +444,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rf_train.bench", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", choices=BENCHES)
     parser.add_argument("--chunks", type=int, default=21)
-    parser.add_argument("--tokens", type=int, default=128, help="attention: tokens per chunk")
-    parser.add_argument("--heads", type=int, default=4, help="attention: heads")
+    parser.add_argument("--tokens", type=int, default=128, help="attention, routing: tokens per chunk")
+    parser.add_argument("--heads", type=int, default=4, help="attention, routing: heads")
+    parser.add_argument("--top-k", type=int, default=5, help="routing: chunks that a query chooses")
     parser.add_argument("--side", type=int, default=8, help="model, step: a latent frame is side x side tokens")
     parser.add_argument("--frames", type=int, default=3, help="model: latent frames per chunk")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the launcher
     options = parser.parse_args(arguments)
-    for name in ("chunks", "tokens", "heads", "side", "frames", "rounds"):
+    for name in ("chunks", "tokens", "heads", "top_k", "side", "frames", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
     lines, figures = BENCHES[options.name](options)

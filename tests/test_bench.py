@@ -23,6 +23,7 @@ def bench_on_this_rank(arguments: list[str]) -> str:
     "arguments, figure",
     [
         (["attention", "--chunks", "8", "--tokens", "128", "--heads", "2"], "speedup_over_dense_mask"),
+        (["routing", "--chunks", "4", "--tokens", "32", "--heads", "2", "--top-k", "1"], "speedup_over_dense_16"),
         (["model", "--chunks", "3", "--side", "2"], "flop_rate_over_diffusers"),
         (["step", "--side", "2"], "rollout_share_7"),
     ],

@@ -4,11 +4,12 @@
     noisy chunk i   reads history chunks <  i, and itself
 
 The queries of one chunk, together with the keys that they read, are a `QueryBlock`. A pass without a cache computes all
-its query blocks in few, large calls of the flash kernel. With a cache, each query block is one call. No mask is built,
-except for routing, where each query token makes its own choice. Sizes: B batch, H heads, L tokens, D head width.
+its query blocks in few, large calls of the flash kernel. With a cache, each query block is one call. No mask is built.
+Routing, where each query token makes its own choice, is in `routing.py`. Sizes: B batch, H heads, L tokens, D head
+width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rf_train.model.chunks import Attention, Chunk, Routed
-from rf_train.model.kv_cache import LayerKVCache, consecutive_slices
+from rf_train.model.kv_cache import LayerKVCache, chunk_means, consecutive_slices
+from rf_train.model.routing import RoutedRows, RoutingPlan, routed_attention
 
 Kernels = tuple[Callable[..., Any], Callable[..., Any]]  # forward and backward, see `flash_kernels`
 
@@ -48,10 +50,14 @@ class QueryBlock:
     """The queries of one chunk and the keys that they read, as slices along L."""
 
     queries: slice
-    earlier: tuple[slice, ...]  # the history chunks that it reads, neighbours joined
+    chunks: tuple[slice, ...]  # the history chunks that it may read, in order
     own: slice  # its own keys
     noisy: bool
-    earlier_lengths: tuple[int, ...]  # tokens of each earlier chunk, in order
+
+    @property
+    def earlier(self) -> tuple[slice, ...]:
+        """The history chunks that it may read, neighbours joined."""
+        return join_neighbours(self.chunks)
 
     @property
     def keys(self) -> tuple[slice, ...]:
@@ -66,7 +72,7 @@ def two_stream_attention(
     q, k, v [B, H, L, D]: the tokens of `layout`, in its order; with `layout.noisy_queries_only` q has only the noisy
     ones. `kv_cache` holds earlier history; the history chunks of this pass are appended to it. `stash` is for selective
     recomputation: the forward pass puts the result into it, and the recomputation in backward takes it from there. So
-    attention doesn't run twice (routed attention does). Returns [B, H, L of q, D].
+    attention doesn't run twice. Returns [B, H, L of q, D].
     """
     history, noisy, new_tokens = layout.history, layout.noisy, layout.history_tokens
     noisy_lengths = [chunk.length for chunk in noisy]
@@ -86,11 +92,44 @@ def two_stream_attention(
     blocks = query_blocks(asking, chunks, chunk_slices, layout.attention)
     if not blocks:
         return q[:, :, :0]
+    bounds = (*(piece.start for piece in (*chunk_slices, *noisy_keys)), k.shape[2])
     if isinstance(layout.attention, Routed):
-        return torch.cat([routed_block(q, k, v, block, layout.attention.top_k) for block in blocks], dim=2)
-    if kv_cache is None and (kernels := flash_kernels(q)):
+        routed = [block for block in blocks if len(block.chunks) > layout.attention.read_chunks]
+        if routed:
+            lengths = [piece.stop - piece.start for piece in chunk_slices]
+            means = chunk_means(k[:, :, :new_tokens], lengths) if kv_cache is None else kv_cache.means()
+            return _partly_routed(q, k, v, blocks, routed, means, bounds, layout.attention, kv_cache is None, stash)
+    return _dense(q, k, v, blocks, kv_cache is None, stash)
+
+
+def _dense(
+    q: Tensor, k: Tensor, v: Tensor, blocks: list[QueryBlock], together: bool, stash: dict | None
+) -> Tensor:  # fmt: skip
+    """Every query block reads all that it may read: together in few kernel calls, or one by one."""
+    if together and (kernels := flash_kernels(q)):
         return TwoStreamAttention.apply(q, k, v, blocks, kernels, stash)
     return torch.cat([_plain_block(q, k, v, block) for block in blocks], dim=2)
+
+
+def _partly_routed(
+    q: Tensor, k: Tensor, v: Tensor, blocks: list[QueryBlock], routed: list[QueryBlock], means: Tensor,
+    bounds: tuple[int, ...], attention: Routed, together: bool, stash: dict | None,
+) -> Tensor:  # fmt: skip
+    """The query blocks `routed` choose chunks; the others, which have few earlier chunks, read them all."""
+    dense = [block for block in blocks if block not in routed]
+    pieces = [join_neighbours([block.queries for block in part]) for part in (dense, routed)]
+    found = []
+    if dense:
+        ends = consecutive_slices([block.queries.stop - block.queries.start for block in dense])
+        moved = [replace(block, queries=place) for block, place in zip(dense, ends)]
+        found.append(_dense(select_tokens(q, pieces[0]), k, v, moved, together, stash))
+    rows = [
+        RoutedRows(block.queries.stop - block.queries.start, len(block.chunks), bounds.index(block.own.start))
+        for block in routed
+    ]
+    plan = RoutingPlan(tuple(rows), bounds, attention)
+    found.append(routed_attention(select_tokens(q, pieces[1]), k, v, means, plan, stash))
+    return restore_order(torch.cat(found, dim=2), (*pieces[0], *pieces[1]))
 
 
 def query_blocks(
@@ -103,13 +142,12 @@ def query_blocks(
     blocks, begin = [], 0
     for chunk, own, noisy in asking:
         seen = [chunk_slices[position] for position in attention.visible(chunk.index, chunks)]
-        lengths = tuple(piece.stop - piece.start for piece in seen)
-        blocks.append(QueryBlock(slice(begin, begin + chunk.length), join_neighbours(seen), own, noisy, lengths))
+        blocks.append(QueryBlock(slice(begin, begin + chunk.length), tuple(seen), own, noisy))
         begin += chunk.length
     return blocks
 
 
-def join_neighbours(pieces: list[slice]) -> tuple[slice, ...]:
+def join_neighbours(pieces: Sequence[slice]) -> tuple[slice, ...]:
     """Joins slices that touch one another."""
     joined: list[slice] = []
     for piece in pieces:
@@ -139,33 +177,6 @@ def _plain_block(q: Tensor, k: Tensor, v: Tensor, block: QueryBlock) -> Tensor:
     """One query block by `scaled_dot_product_attention`."""
     k, v = select_tokens(k, block.keys), select_tokens(v, block.keys)
     return F.scaled_dot_product_attention(q[:, :, block.queries], k, v)
-
-
-# ---- history routing
-
-
-def routed_block(q: Tensor, k: Tensor, v: Tensor, block: QueryBlock, top_k: int) -> Tensor:
-    """One query block with history routing."""
-    q, k, v = q[:, :, block.queries], select_tokens(k, block.keys), select_tokens(v, block.keys)
-    mask = routed_mask(q, k, list(block.earlier_lengths), top_k) if len(block.earlier_lengths) > top_k else None
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-@torch.no_grad()
-def routed_mask(q: Tensor, k: Tensor, lengths: list[int], top_k: int) -> Tensor:
-    """History routing (eq. 8-9): bool [B, H, S, L], True where a query token reads.
-
-    Each query token and head reads its own chunk and the `top_k` earlier chunks j with the largest q . mean(K_j).
-    q [B, H, S, D]; k [B, H, L, D]: earlier chunks of the given `lengths`, then the own chunk. Keys are those after
-    rotary embedding. The choice has no gradient.
-    """
-    earlier = sum(lengths)
-    parts = k[:, :, :earlier].split(lengths, dim=2)
-    means = torch.stack([part.mean(dim=2) for part in parts], dim=2)  # (B, H, chunks, D)
-    scores = q @ means.transpose(2, 3)  # (B, H, S, chunks)
-    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(3, scores.topk(top_k, dim=3).indices, True)
-    mask = chosen.repeat_interleave(torch.tensor(lengths, device=q.device), dim=3, output_size=earlier)
-    return F.pad(mask, (0, k.shape[2] - earlier), value=True)
 
 
 # ---- all query blocks of a pass in few calls of the flash kernel
@@ -284,7 +295,7 @@ class TwoStreamAttention(torch.autograd.Function):
     ) -> Tensor:
         order, calls = kernel_calls(blocks)
         q = select_tokens(q, order)
-        if stash:
+        if stash and "attention" in stash:
             out, log_sums, rests = stash.pop("attention")
         else:
             out, log_sums, rests = merged_attention(q, k, v, calls, kernels[0])

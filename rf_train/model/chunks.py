@@ -93,20 +93,33 @@ class Window(Attention, kind="window"):
 
 @dataclass(frozen=True)
 class Routed(Attention, kind="routed"):
-    """For each query token and head, the `top_k` earlier chunks whose mean key matches the query best (eq. 8-9)."""
+    """For each query token and head, the `top_k` earlier chunks whose mean key matches the query best (eq. 8-9).
+
+    Besides these, every query reads the last `window` earlier chunks, and the first `sink` chunks of the video.
+    """
 
     top_k: int = 5
+    window: int = 0
+    sink: int = 0
 
     def validate(self) -> None:
         require_at_least(1, self, "top_k")
+        require_at_least(0, self, "window", "sink")
+
+    @property
+    def read_chunks(self) -> int:
+        """The earlier chunks that a query reads. With no more of them it reads all, and makes no choice."""
+        return self.top_k + self.window + self.sink
 
 
 def attention_at_any_length(trained: Attention, chunks: int) -> Attention:
     """The attention of generation after training with `trained` on clips of `chunks` chunks.
 
-    A window as wide as the history seen in training, or training's own window if that is narrower. So relative
-    positions stay inside what was trained, however long the video gets.
+    After routing it is routing itself. Else it is a window as wide as the history seen in training, or training's own
+    window if that is narrower. So relative positions stay inside what was trained, however long the video gets.
     """
+    if isinstance(trained, Routed):
+        return trained
     seen = chunks - 1
     if isinstance(trained, Window) and trained.window + trained.sink <= seen:
         return trained

@@ -20,6 +20,12 @@ def consecutive_slices(lengths: Sequence[int], begin: int = 0) -> list[slice]:
     return slices
 
 
+def chunk_means(k: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The mean key of each chunk: k [B, H, L, D] in chunks of `lengths` tokens -> fp32 (or fp64) [B, H, chunks, D]."""
+    wide = torch.promote_types(k.dtype, torch.float32)
+    return torch.stack([part.mean(dim=2, dtype=wide) for part in k.split(list(lengths), dim=2)], dim=2)
+
+
 class LayerKVCache:
     """Keys and values of one layer's history, in buffers [B, H, capacity + scratch, D] that are filled from the front.
 
@@ -38,6 +44,7 @@ class LayerKVCache:
         self.capacity, self.sink = capacity, sink
         self.chunks: list[int] = []
         self.lengths: list[int] = []
+        self._means: Tensor | None = None  # of the first cached chunks, as many as were asked for
         self.text: tuple[Tensor, Tensor] | None = None  # cross-attention's keys and values, computed once per caption
 
     @property
@@ -57,6 +64,16 @@ class LayerKVCache:
     def chunk_slices(self) -> list[slice]:
         """The tokens of each cached chunk, as slices."""
         return consecutive_slices(self.lengths)
+
+    def means(self) -> Tensor:
+        """The mean key of each cached chunk, fp32 [B, H, chunks, D], for routing. Each is computed once."""
+        known = 0 if self._means is None else self._means.shape[2]
+        if known < len(self.lengths):
+            begin = sum(self.lengths[:known])
+            new = chunk_means(self.k[:, :, begin:], self.lengths[known:])
+            self._means = new if self._means is None else torch.cat([self._means, new], dim=2)
+        assert self._means is not None
+        return self._means
 
     def append(self, k: Tensor, v: Tensor, chunks: Sequence[Chunk]) -> None:
         """Adds history chunks (lengths in tokens) with their keys and values `k`, `v` [B, H, tokens, D]."""
@@ -90,6 +107,8 @@ class LayerKVCache:
             for buffer in (self.buffer_k, self.buffer_v):
                 buffer[:, :, hole.start : filled - (hole.stop - hole.start)] = buffer[:, :, hole.stop : filled].clone()
             del self.chunks[oldest], self.lengths[oldest]
+            if self._means is not None:
+                self._means = torch.cat([self._means[:, :, :oldest], self._means[:, :, oldest + 1 :]], dim=2)
 
 
 class KVCache:

@@ -10,9 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rf_train.model.chunks import Attention, Dense, Routed
+from rf_train.model.kv_cache import chunk_means
+from rf_train.model.routing import (
+    RoutedAttention,
+    RoutedRows,
+    RoutingPlan,
+    choose_slots,
+    masked_routing,
+    segment_kernels,
+)
 from rf_train.model.transformer import CausalWan
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # largest difference, in standard deviations of the features
@@ -136,11 +146,27 @@ def check_cached(model: CausalWan, clip: ProbeClip, attention: Attention) -> Non
 
 
 def check_routing(model: CausalWan, clip: ProbeClip) -> None:
-    """Checks that routing with `top_k` as large as the number of chunks equals dense attention."""
-    arguments = {"noisy": clip.noisy, "t": clip.t, "history": clip.history, "text": clip.text}
-    all_chunks = Routed(top_k=max(1, len(clip.sizes) - 1))
-    dense, routed = (features(model, **arguments, attention=attention) for attention in (Dense(), all_chunks))
-    check_equal("routed with top_k >= N = dense", f"({len(clip.sizes)} chunks)", routed, dense, model)
+    """Checks routed attention on random tokens, in the model's head width, dtype and device.
+
+    Choosing all chunks must equal dense attention, and the fast path must equal the masked reference.
+    """
+    chunks, tokens, weight, settings = len(clip.sizes), 8, model.proj_out.weight, model.settings
+    stream = torch.Generator().manual_seed(1)
+    shape = (3, 1, settings.heads, tokens * (chunks + 1), settings.head_dim)
+    q, k, v = torch.randn(shape, generator=stream).to(weight.device, weight.dtype)
+    q, means = q[:, :, -tokens:], chunk_means(k[:, :, :-tokens], [tokens] * chunks)
+    bounds = tuple(range(0, tokens * (chunks + 2), tokens))
+    every, one = (RoutingPlan((RoutedRows(tokens, chunks, chunks),), bounds, Routed(top_k)) for top_k in (chunks, 1))
+    dense = F.scaled_dot_product_attention(q, k, v)
+    slots = [choose_slots(q, means, plan) for plan in (every, one)]
+    masked = masked_routing(q, k, v, one, slots[1])
+    kernels = segment_kernels(q)
+    if kernels is None:
+        found = [masked_routing(q, k, v, every, slots[0]), masked]
+    else:
+        found = [RoutedAttention.apply(q, k, v, *which, kernels, None) for which in zip(slots, (every, one))]
+    check_equal("routed with top_k >= N = dense", f"({chunks} chunks)", found[0].float(), dense.float(), model)
+    check_equal("routed = masked", f"({chunks} chunks, top_k 1)", found[1].float(), masked.float(), model)
 
 
 def check_equal(check: str, where: str, one: Tensor, other: Tensor, model: CausalWan) -> None:

@@ -17,7 +17,7 @@ from rf_train.config import Recipe, Stage
 from rf_train.data.batches import micro_steps
 from rf_train.data.latent_dataset import check_card, clip_frames
 from rf_train.engine.deepspeed_json import read_deepspeed_json
-from rf_train.model.chunks import Attention, Chunk, ModelPass
+from rf_train.model.chunks import Attention, Chunk, ModelPass, Routed
 from rf_train.model.settings import ModelSettings
 from rf_train.model.transformer import parameter_shapes
 
@@ -279,6 +279,8 @@ def query_counts(case: StageCase, model_pass: ModelPass, last_block: bool) -> li
     found = []
     for chunk, noisy in asking:
         seen = [chunks[position] for position in case.attention.visible(chunk.index, chunks)]
+        if isinstance(case.attention, Routed) and len(seen) > case.attention.read_chunks:
+            seen = seen[-case.attention.read_chunks :]  # whichever they are: only the first chunk may be shorter
         found.append(QueryCount(chunk, noisy, chunk.length + sum(case.chunk_sizes[index] for index in seen)))
     return found
 
@@ -324,15 +326,15 @@ def flop(case: StageCase) -> dict[str, float]:
     """FLOP of a step, all ranks: forward, its recomputation, backward and rollout.
 
     Backward takes twice the FLOP of forward in linear layers, and 5 products to forward's 2 in attention. Attention
-    counts the pairs of tokens that are computed. With a window these are the pairs that may be read. With routing they
-    are those of dense attention, because SDPA computes masked pairs, too.
+    counts the pairs of tokens that are read. Routing's scores, one product per query and chunk, are left out.
     """
     forward = pass_flop(case, case.training_pass, captions=True)
     backward = forward["first"] + 2 * (forward["ends"] + forward["linear"])
     backward += 2.5 * (forward["cross"] + forward["attention"])
     whole_block = forward["linear"] + forward["cross"] + forward["attention"]
-    selective = whole_block if case.attention.kind == "routed" else forward["linear"] + forward["cross"]
-    recomputed = {"none": 0.0, "block": whole_block, "selective": selective}[case.recipe.model.checkpointing]
+    recomputed = {"none": 0.0, "block": whole_block, "selective": forward["linear"] + forward["cross"]}[
+        case.recipe.model.checkpointing
+    ]
     rollout = sum(
         sum(pass_flop(case, model_pass, captions=makes_captions(case.rollout_passes, position)).values())
         for position, model_pass in enumerate(case.rollout_passes)

@@ -10,8 +10,9 @@ from functools import cache
 import torch
 
 from rf_train.diffusion.randomness import LOSS_DRAWS
-from rf_train.model.chunks import Routed, Window
+from rf_train.model.chunks import ModelPass, Routed, Window
 from rf_train.model.kv_cache import kv_cache_bytes
+from rf_train.model.routing import bytes_per_head, heads_at_once
 from rf_train.planning.costs import StageCase, query_counts
 
 ROOM = 0.10  # of a GPU's memory, left to the CUDA context, NCCL and the allocator's fragments
@@ -149,26 +150,30 @@ def attention_saved(case: StageCase, last: bool) -> dict[str, int]:
         "attention output": a * model.dim * asking + 4 * model.heads * asking,  # and log-sums
     }
     if isinstance(case.attention, Routed):
-        keys, mask = routing_saved(case, last, case.attention.top_k)
-        kept["attention keys copied per chunk"] = keys
-        kept["attention mask"] = mask
+        slots = case.attention.read_chunks + 1
+        heads = model.heads // case.sequence_ranks
+        kept["attention slots"] = 2 * case.micro_batch * heads * routed_queries(case, case.training_pass, last) * slots
     return kept
 
 
-def routing_saved(case: StageCase, last: bool, top_k: int) -> tuple[int, int]:
-    """Routing's (copies of keys and values, masks), as `attention.routed_block` makes them, one block per chunk.
+def routed_queries(case: StageCase, model_pass: ModelPass, last: bool) -> int:
+    """The tokens of a pass that choose chunks, of one clip: those of chunks with more earlier ones than they read."""
+    if not isinstance(case.attention, Routed):
+        return 0
+    counts = query_counts(case, model_pass, last)
+    return case.tokens_per_frame * sum(
+        count.chunk.length for count in counts if count.chunk.index > case.attention.read_chunks
+    )
 
-    The keys of history and the own keys of a noisy chunk are not contiguous, so both are copied. With more than top_k
-    earlier chunks, SDPA converts the bool mask [B, H, queries, keys] to the activations' dtype, and keeps that.
-    """
-    model, a, copied, masks = case.recipe.model, case.value_bytes, 0, 0
-    heads, tokens = model.heads // case.sequence_ranks, case.tokens_per_frame
-    for chunk, noisy, keys in query_counts(case, case.training_pass, last):
-        if noisy and chunk.index:
-            copied += 2 * a * model.dim * case.micro_batch * keys * tokens // case.sequence_ranks
-        if chunk.index > top_k:
-            masks += a * case.micro_batch * heads * chunk.length * keys * tokens**2
-    return copied, masks
+
+def routing_working_bytes(case: StageCase, model_pass: ModelPass) -> int:
+    """What a group of heads gathers at once in routed attention."""
+    queries = routed_queries(case, model_pass, False)
+    if not isinstance(case.attention, Routed) or not queries:
+        return 0
+    model, slots = case.recipe.model, case.attention.read_chunks + 1
+    one = bytes_per_head(queries, slots, model.head_dim, case.value_bytes)
+    return one * heads_at_once(model.heads // case.sequence_ranks, one, case.cluster.device)
 
 
 def block_saved(case: StageCase, last: bool) -> dict[str, int]:
@@ -240,12 +245,14 @@ def activation_bytes(case: StageCase) -> dict[str, tuple[int, int]]:
 
     whole_full, whole_last = sum(full.values()), sum(last.values())
     in_last, in_full = gradients(noisy) - last["ffn output"], gradients(both) - full["ffn output"]
+    routing = routing_working_bytes(case, case.training_pass)  # in attention, while the ffn's gradients are freed
+    in_last, in_full = max(in_last, routing), max(in_full, routing)
     if model.checkpointing == "none":
         kept = before + (model.layers - 1) * whole_full + whole_last
         in_blocks = [(kept, in_last), (kept - whole_last, in_full)]
     else:
         inputs, results_full, results_last = a * both * model.dim, 0, 0
-        if model.checkpointing == "selective" and not isinstance(case.attention, Routed):
+        if model.checkpointing == "selective":
             results_full, results_last = full["attention output"], last["attention output"]
         shared = inputs if a == 4 else 0  # an fp32 block input is kept once
         kept = before + model.layers * inputs + (model.layers - 1) * results_full + results_last
@@ -307,22 +314,17 @@ def rollout_cache_bytes(case: StageCase) -> int:
 
 
 def rollout_working_bytes(case: StageCase) -> int:
-    """One pass of a rollout, without cache and parameters: the larger of attention and ffn, and a mask."""
+    """One pass of a rollout without cache and parameters: the larger of attention and ffn, and routing's rows."""
     if not case.rolls_out:
         return 0
-    model, a, sizes = case.recipe.model, case.value_bytes, case.chunk_sizes
+    model, a = case.recipe.model, case.value_bytes
     largest = max(case.rollout_passes, key=lambda model_pass: model_pass.frames)
     tokens = case.tokens(largest.frames)
     # cached: x, y, q, k, v, output; fp32 copy and product of the rotation
     # else: y, q, k, v, q in the order of the kernel calls, output; its fp32 sum; half of a call's result twice
     attention = 6 * a + 8.0 if largest.cache is not None else 6 * a + 4 + (a + 4) / 2
     ffn = 3 * a + 2 * a * model.ffn_dim / model.dim  # x, y, result; hidden layer before and after GELU
-    mask = 0
-    if isinstance(case.attention, Routed) and len(sizes) - 2 > case.attention.top_k:
-        pairs = sizes[-2] * sum(sizes[:-1]) * case.tokens_per_frame**2
-        # bool twice, and once in the activations' dtype for SDPA
-        mask = (a + 2) * case.micro_batch * model.heads // case.sequence_ranks * pairs
-    return int(tokens * model.dim * max(attention, ffn)) + mask
+    return int(tokens * model.dim * max(attention, ffn)) + routing_working_bytes(case, largest)
 
 
 def step_working_bytes(case: StageCase) -> int:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rf_train.model import attention, kv_cache, rope, transformer
+from rf_train.model import kv_cache, rope, routing, transformer
 from rf_train.model import self_test as self_test_module
 from rf_train.model.chunks import Attention, Dense, Routed, Window
 from rf_train.model.kv_cache import LayerKVCache
@@ -23,7 +23,7 @@ def test_a_sound_model_passes(tiny_model, monkeypatch, chunks, first_chunk):
         self_test_module, "check_equal", lambda *given: (compared.append(given[0]), check_equal(*given))
     )
     self_test(tiny_model(first_chunk=first_chunk), chunks, ATTENTIONS)
-    assert len(compared) == len(ATTENTIONS) * min(chunks, 4) + 1  # every chunk under every attention, and routing
+    assert len(compared) == len(ATTENTIONS) * min(chunks, 4) + 2  # every chunk under every attention, and routing
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -89,9 +89,14 @@ def cache_appends_are_lost(monkeypatch):
 
 
 def routing_keeps_one_too_few(monkeypatch):
-    routed_block = attention.routed_block
-    fewer = lambda q, k, v, block, top_k: routed_block(q, k, v, block, max(1, top_k - 1))
-    monkeypatch.setattr(attention, "routed_block", fewer)
+    choose = routing.choose_slots
+    monkeypatch.setattr(self_test_module, "choose_slots", lambda *given: choose(*given)[..., 1:])
+    monkeypatch.setattr(routing.RoutingPlan, "slots", property(lambda plan: plan.attention.read_chunks))
+
+
+def routed_parts_are_merged_without_their_weights(monkeypatch):
+    weighted = routing._weighted_sum
+    monkeypatch.setattr(routing, "_weighted_sum", lambda parts, place, _: weighted(parts, place, None))
 
 
 @pytest.mark.parametrize(
@@ -104,6 +109,7 @@ def routing_keeps_one_too_few(monkeypatch):
         (cached_captions_are_lost, "cached = parallel"),
         (cache_appends_are_lost, "cached = parallel"),
         (routing_keeps_one_too_few, "routed with top_k >= N = dense"),
+        (routed_parts_are_merged_without_their_weights, "routed with top_k >= N = dense"),
     ],
 )
 def test_a_broken_model_is_stopped_and_the_check_named(tiny_model, monkeypatch, damage, check):

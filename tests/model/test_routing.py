@@ -1,0 +1,248 @@
+"""Routed attention: the fast path against a reference whose choice is written here, and what it must never build."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rf_train.model import routing
+from rf_train.model.attention import PassLayout, two_stream_attention
+from rf_train.model.chunks import Attention, Chunk, Dense, Routed
+from rf_train.model.kv_cache import LayerKVCache, chunk_means
+from rf_train.model.routing import Gather, RoutedRows, RoutingPlan, choose_slots, masked_routing, routed_attention
+
+
+@pytest.fixture(autouse=True)
+def no_size_is_small(monkeypatch):
+    """So that the fast path runs at these sizes, too."""
+    monkeypatch.setattr(routing, "SMALL_PAIRS", 0)
+
+
+Tensors = tuple[Tensor, Tensor, Tensor]
+
+
+def layout_of(sizes: list[int], attention: Attention, noisy_only: bool = False) -> PassLayout:
+    chunks = tuple(Chunk(index, size) for index, size in enumerate(sizes))
+    return PassLayout(chunks[:-1], chunks, attention, noisy_only)
+
+
+def random_qkv(layout: PassLayout, batch: int, heads: int, width: int, dtype=torch.float32) -> Tensors:
+    """Laid out as the model does: the heads of a token stand next to each other."""
+    tokens = layout.history_tokens + sum(chunk.length for chunk in layout.noisy)
+    q, k, v = (torch.randn(batch, tokens, heads, width).to(dtype).transpose(1, 2).requires_grad_() for _ in range(3))
+    return q[:, :, layout.history_tokens :] if layout.noisy_queries_only else q, k, v
+
+
+def expected_attention(q: Tensor, k: Tensor, v: Tensor, layout: PassLayout) -> Tensor:
+    """Eq. 8-9 token by token under a mask, in fp64. Chunks are ranked by a full sort of dot products in fp32."""
+    attention, keys, begin = layout.attention, [], 0
+    for chunk, noisy in [(c, False) for c in layout.history] + [(c, True) for c in layout.noisy]:
+        keys.append((chunk, noisy, slice(begin, begin + chunk.length)))
+        begin += chunk.length
+    outs, begin = [], 0
+    for chunk, noisy, own in keys:
+        if layout.noisy_queries_only and not noisy:
+            continue
+        rows = q[:, :, begin : begin + chunk.length]
+        begin += chunk.length
+        earlier = {c.index: place for c, is_noisy, place in keys if not is_noisy and c.index < chunk.index}
+        always = {i for i in earlier if i < attention.sink or i >= chunk.index - attention.window}
+        reads = torch.zeros(*rows.shape[:3], k.shape[2], dtype=torch.bool)
+        reads[..., own] = True
+        candidates = [i for i in earlier if i not in always]
+        for index in always:
+            reads[..., earlier[index]] = True
+        if candidates:
+            dots = [(rows.float() * k[:, :, earlier[i]].float().mean(2, keepdim=True)).sum(-1) for i in candidates]
+            ranks = torch.stack(dots, -1).argsort(-1, descending=True)[..., : attention.top_k]
+            for position, index in enumerate(candidates):
+                reads[..., earlier[index]] |= (ranks == position).any(-1, keepdim=True)
+        scores = (rows.double() @ k.double().transpose(2, 3)) / q.shape[-1] ** 0.5
+        outs.append(scores.masked_fill(~reads, float("-inf")).softmax(-1) @ v.double())
+    return torch.cat(outs, dim=2)
+
+
+def with_gradients(out: Tensor, inputs: Tensors, weight: Tensor) -> list[Tensor]:
+    return [out, *torch.autograd.grad((out * weight).sum(), inputs, materialize_grads=True)]
+
+
+def assert_equal(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    """Relative to the largest value. The clips have one token at least, so gradients of q may be all zero."""
+    for name, one, other in zip(("out", "dq", "dk", "dv"), found, expected):
+        assert (one.double() - other.double()).abs().max() <= tolerance * max(1.0, other.abs().max()), name
+
+
+@pytest.mark.parametrize("seed", range(220))
+def test_the_fast_path_equals_the_reference(seed):
+    """Random chunks (a short first one, a partial last one), heads, batch, k, windows and sinks."""
+    choice = random.Random(seed)
+    torch.manual_seed(seed)
+    size, count = choice.randint(1, 6), choice.randint(1, 9)
+    sizes = [choice.choice([1, size]), *[size] * (count - 1)]
+    sizes[-1] = choice.randint(1, sizes[-1])
+    attention = Routed(choice.randint(1, 4), choice.choice([0, 0, 1, 2]), choice.choice([0, 0, 1]))
+    layout = layout_of(sizes, attention, choice.random() < 0.3)
+    q, k, v = random_qkv(layout, choice.randint(1, 2), choice.randint(1, 4), choice.choice([8, 16]))
+    weight = torch.randn(q.shape)
+    found = with_gradients(two_stream_attention(q, k, v, layout), (q, k, v), weight)
+    assert_equal(found, with_gradients(expected_attention(q, k, v, layout), (q, k, v), weight), 1e-5)
+
+
+def test_the_fast_path_really_runs(monkeypatch):
+    monkeypatch.setattr(routing, "masked_routing", None)
+    calls = []
+    monkeypatch.setattr(routing.Gather, "of", lambda *given, of=Gather.of: (calls.append(1), of(*given))[1])
+    layout = layout_of([3] * 6, Routed(top_k=2))
+    two_stream_attention(*random_qkv(layout, 2, 3, 8), layout).sum().backward()
+    assert len(calls) == 2 * 2  # a group of heads for each clip, in forward and in backward
+
+
+def test_small_attention_on_a_cpu_goes_by_the_mask(monkeypatch):
+    monkeypatch.setattr(routing, "SMALL_PAIRS", 10**6)
+    monkeypatch.setattr(routing, "RoutedAttention", None)
+    layout = layout_of([3] * 6, Routed(top_k=2))
+    inputs = random_qkv(layout, 2, 3, 8)
+    weight = torch.randn(inputs[0].shape)
+    found = with_gradients(two_stream_attention(*inputs, layout), inputs, weight)
+    assert_equal(found, with_gradients(expected_attention(*inputs, layout), inputs, weight), 1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 10**9], ids=["one head at a time", "all heads"])
+def test_the_result_does_not_depend_on_the_groups_of_heads(monkeypatch, groups):
+    monkeypatch.setitem(routing.GATHERED_BYTES, "cpu", groups)
+    layout = layout_of([4] * 7, Routed(top_k=2))
+    torch.manual_seed(0)
+    inputs = random_qkv(layout, 2, 3, 8)
+    weight = torch.randn(inputs[0].shape)
+    found = with_gradients(two_stream_attention(*inputs, layout), inputs, weight)
+    assert_equal(found, with_gradients(expected_attention(*inputs, layout), inputs, weight), 1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.03), (torch.float64, 1e-12)], ids=["bf16", "fp64"])
+def test_other_precisions(dtype, tolerance):
+    layout = layout_of([1, 5, 5, 5, 5, 3], Routed(top_k=2))
+    torch.manual_seed(0)
+    inputs = random_qkv(layout, 2, 2, 16, dtype)
+    weight = torch.randn(inputs[0].shape)
+    found = with_gradients(two_stream_attention(*inputs, layout), inputs, weight)
+    assert_equal(found, with_gradients(expected_attention(*inputs, layout), inputs, weight), tolerance)
+
+
+def test_with_k_as_large_as_the_history_it_equals_dense_attention():
+    sizes = [1, 4, 4, 4, 4, 2]
+    torch.manual_seed(0)
+    inputs = random_qkv(layout_of(sizes, Dense()), 2, 3, 16)
+    weight = torch.randn(inputs[0].shape)
+    dense = with_gradients(two_stream_attention(*inputs, layout_of(sizes, Dense())), inputs, weight)
+    for top_k in (5, 9):
+        routed = with_gradients(two_stream_attention(*inputs, layout_of(sizes, Routed(top_k))), inputs, weight)
+        assert all(torch.equal(one, other) for one, other in zip(routed, dense))
+    every = RoutingPlan((RoutedRows(4, 3, 3),), (0, 1, 5, 9, 13), Routed(3))  # all three, but through the fast path
+    q, k, v = (x[:, :, :13] for x in inputs)
+    out = routed_attention(q[:, :, 9:], k, v, chunk_means(k[:, :, :9], [1, 4, 4]), every)
+    expected = torch.nn.functional.scaled_dot_product_attention(q[:, :, 9:], k, v)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def one_chunk(top_k: int, chunks: int = 4, tokens: int = 3) -> tuple[RoutingPlan, Tensors]:
+    """The queries of one chunk after `chunks` earlier ones; q, k, v of two heads."""
+    plan = RoutingPlan(
+        (RoutedRows(tokens, chunks, chunks),), tuple(range(0, tokens * (chunks + 2), tokens)), Routed(top_k)
+    )
+    q, k, v = (torch.randn(1, 2, n * tokens, 8, requires_grad=True) for n in (1, chunks + 1, chunks + 1))
+    return plan, (q, k, v)
+
+
+def test_a_chunk_that_no_query_chose_gets_no_gradient_and_the_others_do():
+    torch.manual_seed(0)
+    plan, (q, k, v) = one_chunk(top_k=1)
+    means = torch.tensor([0.0, 0.0, 1.0, 0.0])[None, None, :, None] * q.detach().mean(2, keepdim=True)
+    slots = choose_slots(q.detach().mean(2, keepdim=True).expand_as(q), means, plan)
+    assert (slots[..., 0] == 2).all() and (slots[..., 1] == 4).all()
+    out = routing.RoutedAttention.apply(q, k, v, slots, plan, routing.segment_kernels(q), None)
+    dk, dv = torch.autograd.grad(out.square().sum(), (k, v))
+    for grad in (dk, dv):
+        touched = grad.unflatten(2, (5, 3)).abs().sum(dim=(0, 1, 3, 4)) > 0
+        assert touched.tolist() == [False, False, True, False, True]
+
+
+def test_ties_are_broken_alike_and_a_chunk_is_read_once():
+    torch.manual_seed(0)
+    plan, (q, k, v) = one_chunk(top_k=2)
+    means = torch.zeros(1, 2, 4, 8)
+    slots = choose_slots(q, means, plan)
+    assert torch.equal(slots, choose_slots(q, means, plan))
+    assert all(len(set(row.tolist())) == 3 for row in slots.flatten(0, 2))
+    weight = torch.randn(q.shape)
+    found = with_gradients(routed_attention(q, k, v, means, plan), (q, k, v), weight)
+    assert_equal(found, with_gradients(masked_routing(q, k, v, plan, slots), (q, k, v), weight), 1e-5)
+
+
+def test_equal_inputs_give_equal_bits():
+    layout = layout_of([4] * 8, Routed(top_k=2))
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        inputs = random_qkv(layout, 1, 4, 16)
+        results.append(with_gradients(two_stream_attention(*inputs, layout), inputs, torch.ones(inputs[0].shape)))
+    assert all(torch.equal(one, other) for one, other in zip(*results))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        out = function(*arguments, **(options or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return out
+
+
+def test_memory_grows_with_the_tokens_and_not_with_their_square(one_thread):
+    found = []
+    for chunks in (20, 80):
+        layout = layout_of([16] * chunks, Routed(top_k=2))
+        inputs = random_qkv(layout, 1, 2, 8)
+        with Largest() as largest:
+            two_stream_attention(*inputs, layout).sum().backward()
+        found.append(largest.elements)
+        tokens = inputs[1].shape[2]
+        assert largest.elements < 2 * tokens * layout.history_tokens  # one mask of one of the heads
+    assert found[1] <= 4.7 * found[0]  # 77 / 17 times as many chunks choose
+
+
+def test_the_cache_has_the_mean_key_of_each_chunk_and_drops_it_with_the_chunk():
+    cache = LayerKVCache(1, 2, 8, 2, 8, sink=1, dtype=torch.float32, device=torch.device("cpu"))
+    pieces = [torch.randn(1, 2, n, 8) for n in (2, 3, 3, 2)]
+    cache.append(torch.cat(pieces[:2], 2), torch.cat(pieces[:2], 2), (Chunk(0, 2), Chunk(1, 3)))
+    torch.testing.assert_close(cache.means(), torch.stack([piece.mean(2) for piece in pieces[:2]], 2))
+    for index in (2, 3):
+        cache.append(pieces[index], pieces[index], (Chunk(index, pieces[index].shape[2]),))
+    assert cache.chunks == [0, 2, 3]
+    expected = torch.stack([pieces[index].mean(2) for index in cache.chunks], 2)
+    torch.testing.assert_close(cache.means(), expected)
+    torch.testing.assert_close(cache.means(), chunk_means(cache.k, cache.lengths))
+
+
+def test_the_calls_of_the_gpu_kernels_have_the_shapes_that_these_kernels_take():
+    """On meta tensors, where PyTorch checks shapes without a GPU."""
+    heads, keys, rows = 2, 12, 10
+    plan = RoutingPlan((RoutedRows(rows, 3, 3),), (0, 2, 6, 10, 12), Routed(2))
+    slots = torch.tensor([0, 1, 3], dtype=torch.int16).expand(heads, rows, 3)
+    segments = Gather.of(slots, plan).segments
+    assert segments.begins.tolist() == [0, 10, 20, 20, 30, 40, 50, 50, 60]  # nobody chose chunk 2
+    begins, key_begins, longest_q, longest_k = routing._cuda_lengths(torch.empty(heads, keys, 16), segments)
+    assert begins.dtype == key_begins.dtype == torch.int32 and len(begins) == len(key_begins)
+    assert key_begins.tolist() == [0, 2, 6, 10, 12, 14, 18, 22, 24] and (longest_q, longest_k) == (rows, 4)
+    meta = segments._replace(begins=segments.begins.to("meta"))
+    q = torch.empty(60, 16, dtype=torch.bfloat16, device="meta")
+    k, v = (torch.empty(keys, heads, 16, dtype=torch.bfloat16, device="meta").transpose(0, 1) for _ in range(2))
+    out, log_sums, rest = routing._cuda_forward(q, k, v, meta)
+    assert out.shape == q.shape and log_sums.shape == (60,) and log_sums.dtype == torch.float32
+    dq, dk, dv = routing._cuda_backward(torch.empty_like(q), q, k, v, out, log_sums, meta, rest)
+    assert dq.shape == q.shape and dk.shape == k.shape and dv.shape == v.shape
