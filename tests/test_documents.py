@@ -49,7 +49,7 @@ def test_settings_exist(path):
     assert {re.sub(r"\.\d\.", ".N.", name) for name in named} <= known_settings()
 
 
-@pytest.mark.parametrize("path", [p for p in DOCUMENTS if p.name != "results.md"], ids=lambda path: str(path.parent))
+@pytest.mark.parametrize("path", [p for p in DOCUMENTS if p.name != "results.md"], ids=str)
 def test_lines_are_at_most_120_characters(path):
     assert [line for line in path.read_text().splitlines() if len(line) > 120] == []
 
