@@ -24,6 +24,7 @@ from rf_train.diffusion.histories import Autoregressive, Resampled, make_history
 from rf_train.diffusion.randomness import make_draws
 from rf_train.evaluation.calibration import calibrate, calibration_table
 from rf_train.evaluation.long_videos import LongVideos, summary
+from rf_train.evaluation.routing_choices import RoutingChoices, counted_choices
 from rf_train.evaluation.statistics import as_text
 from rf_train.evaluation.video_metrics import GENERAL_METRICS
 from rf_train.generate import Generator, open_run
@@ -36,7 +37,9 @@ REPORTED = {metric.name for metric in GENERAL_METRICS}
 def evaluate(generator: Generator, videos: LongVideos, options: argparse.Namespace, out: Path) -> dict:
     """Continues the clips. Returns what `evaluation.json` holds; videos are written to `out`."""
     rows: list[dict] = []
-    with tqdm(total=videos.clips, unit="clip", desc="evaluate") as bar:
+    model = generator.model
+    choices = RoutingChoices(model.settings.layers, model.settings.heads, len(model.chunking.sizes(videos.frames)))
+    with counted_choices(choices), tqdm(total=videos.clips, unit="clip", desc="evaluate") as bar:
         for begin in range(0, videos.clips, options.batch):
             indices = range(begin, min(begin + options.batch, videos.clips))
             for index, (row, pair) in zip(indices, videos.continued(generator.chunks, indices)):
@@ -58,6 +61,7 @@ def evaluate(generator: Generator, videos: LongVideos, options: argparse.Namespa
         "trained_seconds": geometry.video_frames(videos.trained) / fps,
         "segments_seconds": videos.segments_seconds,
         **found,
+        "routing": choices.summary(),
         "rows": [{key: value for key, value in row.items() if key != "features"} for row in rows],
     }
 

@@ -238,6 +238,27 @@ def quality_plot(runs: list[RunRecord]) -> str:
     return svg(figure)
 
 
+def routing_section(runs: list[RunRecord]) -> str:
+    """Which chunks routing chose in the evaluation: by distance, and by layer and head; "" without routing."""
+    routed = [(run, run.evaluation["routing"]) for run in runs if run.evaluation.get("routing")]
+    if not routed:
+        return ""
+    figure, ((curve, *maps),) = new_figure(10, 2.8, 1 + len(routed))
+    for (run, found), axes in zip(routed, maps):
+        distances = range(1, len(found["by_distance"]) + 1)
+        curve.plot(distances, found["by_distance"], color=run.colour, marker="o", markersize=2.5, label=run.label)
+        image = axes.imshow(found["mean_distance"], aspect="auto", cmap="viridis")
+        axes.set(title=f"mean distance, {run.label}", xlabel="head", ylabel="layer")
+        figure.colorbar(image, ax=axes)
+    curve.set(title="share of queries that chose it", xlabel="distance in chunks", ylim=(0, 1))
+    curve.legend(frameon=False)
+    figure.tight_layout()
+    heads = ["run", "first chunk", "entropy of a head's choices over distances, nats"]
+    rows = [[run.name, as_text(found["first_chunk"]), as_text(found["entropy"])] for run, found in routed]
+    about = "Counted while the videos were made, of the queries that could choose the chunk."
+    return f"<h2>Which chunks routing chooses</h2><p>{about}</p>{svg(figure)}{html_table(heads, rows)}"
+
+
 # ---- tables
 
 
@@ -275,8 +296,8 @@ def stage_table(run: RunRecord) -> str:
 
 
 def describe_attention(stage: config.Stage) -> str:
-    """The kind and its settings, such as "routed (top_k 5)"."""
-    settings = ", ".join(f"{name} {value}" for name, value in vars(stage.attention).items())
+    """The kind and its settings, but those that are 0: such as "routed (top_k 5)"."""
+    settings = ", ".join(f"{name} {value}" for name, value in vars(stage.attention).items() if value)
     return f"{stage.attention.kind} ({settings})" if settings else stage.attention.kind
 
 
@@ -436,6 +457,7 @@ def quality_section(runs: list[RunRecord]) -> list[str]:
         quality_table(runs),
         f"<ul>{explained}</ul>",
         history_table(runs),
+        routing_section(runs),
         "<h2>The videos</h2>",
         clip_grid(runs),
     ]

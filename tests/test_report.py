@@ -297,3 +297,13 @@ def test_evaluations_during_training_are_plotted_if_there_are_any(runs, tmp_path
     without = [{key: value for key, value in row.items() if key != "evaluation"} for row in rows]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in without))
     assert "Quality during training" not in page_of([tmp_path / "run"], tmp_path / "page.html")
+
+
+def test_the_choices_of_a_routed_run_are_shown(runs, tmp_path):
+    shutil.copytree(runs[0], tmp_path / "routed")
+    path = tmp_path / "routed" / "evaluation" / "evaluation.json"
+    routing = {"by_distance": [0.5, 0.25], "first_chunk": 0.125, "entropy": 0.5, "mean_distance": [[1.0, 2.0]] * 2}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "routing": routing}))
+    page = page_of([tmp_path / "routed", runs[1]], tmp_path / "page.html")
+    assert "Which chunks routing chooses" in page and "<td>0.125</td><td>0.500</td>" in page
+    assert "Which chunks routing chooses" not in page_of(runs, tmp_path / "page.html")

@@ -11,9 +11,10 @@ from rf_train.config import Recipe
 from rf_train.data.latent_dataset import LatentDataset
 from rf_train.diffusion.sampling import VideoRequest, count_passes, sample_chunks
 from rf_train.engine.checkpoint import TrainingState
-from rf_train.engine.collectives import gather_lines
+from rf_train.engine.collectives import gather_lines, sum_over_ranks
 from rf_train.engine.zero import Engine
 from rf_train.evaluation.long_videos import LongVideos, Sampler, summary
+from rf_train.evaluation.routing_choices import RoutingChoices, counted_choices
 from rf_train.model.chunks import attention_at_any_length
 
 
@@ -42,14 +43,21 @@ class TrainingEvaluation:
     def evaluate(self, done: int, state: TrainingState) -> dict:
         """Evaluates the average after `done` steps. A collective. Returns the same on every rank.
 
-        {"clips", "seconds" that it took, "segments_seconds", and by segment each metric's mean over clips}
+        {"clips", "seconds" that it took, "segments_seconds", by segment each metric's mean over clips, and after a
+        routed stage "routing", see `RoutingChoices.summary`; ranks that share clips count their heads together}
         """
-        begin, rows = time.perf_counter(), []
-        with state.averaged_weights():
+        begin, rows, engine = time.perf_counter(), [], self.engine
+        chunks = len(engine.chunking.sizes(self.videos.frames))
+        heads = engine.settings.heads // engine.sequence_parallel_size
+        choices = RoutingChoices(engine.settings.layers, heads, chunks)
+        with counted_choices(choices), state.averaged_weights():
             for indices in self._batches():
                 for index, (row, _) in zip(indices, self.videos.continued(self._sampler(done), indices)):
                     rows.append(json.dumps({"index": index, **row}))
         by_clip = {row["index"]: row for row in map(json.loads, gather_lines(rows))}
+        choices.by_distance, choices.first = (
+            sum_over_ranks(counts.to(engine.ranks.device)).cpu() for counts in (choices.by_distance, choices.first)
+        )
         found = summary([by_clip[index] for index in sorted(by_clip)], len(self.videos.spans))
         return {
             "clips": len(by_clip),
@@ -57,6 +65,7 @@ class TrainingEvaluation:
             "segments_seconds": self.videos.segments_seconds,
             "frechet": found["frechet"],
             **{name: [cell["mean"] for cell in cells] for name, cells in found["metrics"].items()},
+            "routing": {name: value for name, value in (choices.summary() or {}).items() if name != "mean_distance"},
         }
 
     def _batches(self) -> list[list[int]]:

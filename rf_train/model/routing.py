@@ -24,6 +24,8 @@ from rf_train.model.chunks import Routed
 SMALL_PAIRS = 2**19  # queries x keys of a head, up to which a CPU is faster with a mask than with many small calls
 GATHERED_BYTES = {"cpu": 16 * 2**20, "cuda": 2**30}  # of the rows that a group of heads gathers at once
 
+observers: list[Callable[[Tensor, "RoutingPlan"], None]] = []  # called with the choices of every routed attention
+
 
 @dataclass(frozen=True)
 class RoutedRows:
@@ -81,6 +83,8 @@ def routed_attention(
 ) -> Tensor:
     """Routed attention of the queries of `plan.rows`: q [B, H, R, D], k and v [B, H, L, D] -> [B, H, R, D]."""
     slots, kernels = choose_slots(q, means, plan), segment_kernels(q)
+    for observe in observers:
+        observe(slots, plan)
     if kernels is None or (q.device.type == "cpu" and q.shape[2] * k.shape[2] <= SMALL_PAIRS):
         return masked_routing(q, k, v, plan, slots)
     return RoutedAttention.apply(q, k, v, slots, plan, kernels, stash)

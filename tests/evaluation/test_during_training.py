@@ -35,9 +35,9 @@ class PlainCodec:
 
 
 def evaluated_recipe(data: Path, out: Path, every: int, **run) -> dict:
-    """Eight steps, two stages; the first one's clips are shorter."""
+    """Eight steps, two stages; the first one's clips are shorter, the second one is routed."""
     recipe = recipe_dict(data, out, save_every=4, keep=9, **run)
-    first, second = recipe["stages"][0], recipe["stages"][3]
+    first, second = recipe["stages"][0], recipe["stages"][4]
     recipe["stages"] = [{**first, "steps": 4, "warmup": 0, "frames": 6}, {**second, "steps": 4}]
     recipe["flow"]["sampling_steps"] = 2
     recipe["data"]["evaluation"] = str(data / "long")
@@ -92,7 +92,8 @@ def test_it_measures_the_average_and_leaves_the_run_as_it_was(plain_run, tmp_pat
     assert list(found) == [4, 8] and not evaluations(tmp_path / "without")
     if "precision" in run:
         return
-    # The first stage saw one earlier chunk; the second one's window of two chunks and a sink fits its five chunks.
+    assert not found[4]["routing"] and len(found[8]["routing"]["by_distance"]) == 4  # five chunks
+    # The first stage saw one earlier chunk.
     recipe = config.from_dict(evaluated_recipe(plain_run.data, tmp_path / "with", 4))
     expected = evaluated_here(recipe, 4, window=1)
     assert found[4]["clips"] == CLIPS and found[4]["segments_seconds"] == [[9 / 16, 53 / 16]]

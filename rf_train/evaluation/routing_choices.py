@@ -1,0 +1,71 @@
+"""Which earlier chunks routing chooses: by distance, layer and head (the paper's Figure 8)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rf_train.model import routing
+from rf_train.model.routing import RoutingPlan
+
+
+class RoutingChoices:
+    """Counts choices: int64 [layers, heads, chunks, 2]. Chunk d - 1 is the one at distance d.
+
+    Of the last dimension, entry 0 counts the queries that chose a chunk at distance d, and entry 1 those that could.
+    The first chunk is counted apart: [layers, heads, 2].
+    """
+
+    def __init__(self, layers: int, heads: int, chunks: int):
+        self.by_distance = torch.zeros(layers, heads, chunks, 2, dtype=torch.int64)
+        self.first = torch.zeros(layers, heads, 2, dtype=torch.int64)
+        self._calls = 0
+
+    def add(self, slots: Tensor, plan: RoutingPlan) -> None:
+        """Adds the choices of one layer; the layers of a pass come one after another. slots: see `choose_slots`."""
+        layer, begin, attention = self._calls % len(self.by_distance), 0, plan.attention
+        self._calls += 1
+        for rows in plan.rows:
+            chosen = slots[:, :, begin : begin + rows.queries, : attention.top_k].long().cpu()
+            begin += rows.queries
+            queries = chosen.shape[0] * chosen.shape[2]
+            for head, own in enumerate(chosen.transpose(0, 1).flatten(1).unbind(0)):
+                counts = torch.bincount(own, minlength=rows.earlier).flip(0)
+                self.by_distance[layer, head, : rows.earlier, 0] += counts
+                self.first[layer, head, 0] += counts[-1]
+            candidates = slice(attention.window, rows.earlier - attention.sink)
+            self.by_distance[layer, : chosen.shape[1], candidates, 1] += queries
+            self.first[layer, : chosen.shape[1], 1] += queries if attention.sink == 0 else 0
+
+    def summary(self) -> dict[str, Any] | None:
+        """What the counts say; None without any.
+
+        "by_distance": the share of queries that chose a chunk at distance 1, 2, ..., of those that could; over all
+        layers and heads. "first_chunk": the same for the first chunk. "entropy": of a head's choices over distances, in
+        nats, the mean over layers and heads. "mean_distance": [layers][heads].
+        """
+        if not self._calls and not self.by_distance.any():
+            return None
+        chosen, could = self.by_distance.double().unbind(-1)
+        share = chosen / chosen.sum(-1, keepdim=True).clamp(min=1)
+        distances = torch.arange(1, chosen.shape[-1] + 1).double()
+        total, first = could.sum((0, 1)), self.first.sum((0, 1)).tolist()
+        by_distance = (chosen.sum((0, 1)) / total.clamp(min=1))[: int((total > 0).nonzero().max()) + 1]
+        return {
+            "by_distance": by_distance.tolist(),
+            "first_chunk": first[0] / first[1] if first[1] else None,
+            "entropy": float(torch.special.entr(share).sum(-1).mean()),
+            "mean_distance": (share * distances).sum(-1).tolist(),
+        }
+
+
+@contextmanager
+def counted_choices(choices: RoutingChoices) -> Iterator[None]:
+    """Adds the choices of every routed attention inside to `choices`. It waits for the GPU in every layer."""
+    routing.observers.append(choices.add)
+    try:
+        yield
+    finally:
+        routing.observers.remove(choices.add)
