@@ -19,6 +19,7 @@ from tests.conftest import plain_settings
         (12, {"kind": "window", "window": 2, "sink": 1}, Window(window=2, sink=1)),
         (12, {"kind": "window", "window": 3, "sink": 1}, Window(window=3)),  # it never saw so many
         (12, {"kind": "routed", "top_k": 1}, Routed(top_k=1)),
+        (12, {"kind": "routed", "top_k": 3}, Window(window=3)),  # it never chose
         (3, "dense", Dense()),
     ],
 )

@@ -35,6 +35,13 @@ def open_datasets(recipe: Recipe) -> dict[str, LatentDataset]:
         for part in ("codec", "text"):
             if dataset.card[part]["hash"] != first.card[part]["hash"]:
                 raise ValueError(f"{folder}: its {part} is not that of {first.folder}; a run can't mix them")
+    if recipe.evaluation.every:
+        sizes = [(d.card["latent"]["height"], d.card["latent"]["width"]) for d in (first, datasets[folders[-1]])]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"data.evaluation: {folders[-1]} has latents of {sizes[1][0]}x{sizes[1][1]}, {first.folder} of "
+                f"{sizes[0][0]}x{sizes[0][1]}; evaluation.every needs the same size"
+            )
     for stage in recipe.stages:
         datasets[recipe.dataset_of(stage)].clip_frames(stage)
     return datasets

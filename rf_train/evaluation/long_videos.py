@@ -4,6 +4,7 @@ A segment is as long as a training clip. What is measured of one clip is a row, 
 batches are put together by `summary`.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -134,19 +135,21 @@ def summary(rows: Sequence[dict], count: int) -> dict[str, Any]:
     """What rows say together, for each of `count` segments.
 
     "metrics": {name: [{"mean", "std"} over clips]}, of those that were measured in some clip. "frechet": the distance
-    between all generated and all true latents. "slopes": {name: change per segment, with its 95 % interval}.
+    between all generated and all true latents, None if it isn't finite. "slopes": {name: change per segment, with its
+    95 % interval}.
     """
     metrics, slopes = {}, {}
+    frechet: list[float | None] = []
     for metric in VIDEO_METRICS:
         values = [[row["segments"][i][metric.name] for i in range(count)] for row in rows]
         cells = [dict(zip(("mean", "std"), mean_and_std(column))) for column in zip(*values)]
         if any(cell["mean"] is not None for cell in cells):
             metrics[metric.name] = cells
             slopes[metric.name] = slope_with_interval(values, range(count))
-    frechet = []
     for i in range(count):
         made, true = (sum_of([Gaussian(**row["features"][i][side]) for row in rows]) for side in ("made", "true"))
-        frechet.append(frechet_distance(made, true))
+        distance = frechet_distance(made, true)
+        frechet.append(distance if math.isfinite(distance) else None)
     return {"metrics": metrics, "frechet": frechet, "slopes": slopes}
 
 

@@ -319,7 +319,12 @@ class Gaussian:
 
 
 def frechet_distance(one: Gaussian, other: Gaussian) -> float:
-    """Squared Frechet distance of two Gaussians: |m - n|^2 + tr(S + R - 2 (S R)^(1/2)); 0 for the same ones."""
+    """Squared Frechet distance of two Gaussians: |m - n|^2 + tr(S + R - 2 (S R)^(1/2)); 0 for the same ones.
+
+    NaN when a mean or a covariance is not finite, as with a model that has diverged.
+    """
+    if not all(np.isfinite(part).all() for side in (one, other) for part in (side.mean, side.covariance)):
+        return float("nan")
 
     def root(matrix: np.ndarray) -> np.ndarray:
         values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from data_prep.command import run_command
 from rf_train import config
 from rf_train.evidence.experiments import FILE, Arm, Plan, chosen, read_evidence
-from rf_train.evidence.results import add_record, read_records, record_of, write_page
+from rf_train.evidence.results import add_record, check_same_plan, locked, read_records, record_of, write_page
 
 
 def runs_needed(plan: Plan, names: list[str], arms: list[str], seeds: int) -> list[tuple[Arm, int]]:
@@ -25,8 +25,9 @@ def runs_needed(plan: Plan, names: list[str], arms: list[str], seeds: int) -> li
     for experiment in chosen(plan.evidence, names):
         for seed in range(seeds or experiment.seeds):
             wanted.update({(seed, arm): None for arm in experiment.arms if not arms or arm in arms})
-    if not wanted:
-        raise ValueError(f"no chosen experiment has the arm {', '.join(arms)}")
+    missing = set(arms) - {arm for _, arm in wanted}
+    if missing:
+        raise ValueError(f"no chosen experiment has the arm {', '.join(sorted(missing))}")
     return [(plan.evidence.arm[arm], seed) for seed, arm in sorted(wanted, key=lambda pair: pair[0])]
 
 
@@ -65,18 +66,22 @@ def run(command: list[str], folder: Path) -> None:
     else:
         start = [sys.executable]
     log = folder.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") as file:
-        code = subprocess.run([*start, *rest], stdout=file, stderr=subprocess.STDOUT).returncode
+    # The child has the lock, too: when this process is killed, a next one waits for the child's end.
+    with locked(folder.with_suffix(".lock")) as lock, open(log, "a") as file:
+        before = file.tell()
+        done = subprocess.run([*start, *rest], stdout=file, stderr=subprocess.STDOUT, pass_fds=[lock])
+    code = done.returncode
     if code:
-        errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error")]
+        lines = log.read_bytes()[before:].decode(errors="replace").splitlines()
+        errors = [line for line in lines if line.startswith("error")]
         raise ValueError(f"{' '.join(command)}: exit code {code}: {errors[-1] if errors else f'see {log}'}")
 
 
 def gather_evidence(options: argparse.Namespace) -> None:
     """Does what the command line asks for."""
     ranks = options.ranks or torch.cuda.device_count() or 2
-    plan = Plan(read_evidence(Path(options.file)), Path(options.out), ranks, options.quick)
+    out = Path(options.out or ("runs/evidence-quick" if options.quick else "runs/evidence"))
+    plan = Plan(read_evidence(Path(options.file)), out, ranks, options.quick)
     seeds = options.seeds or (2 if options.quick else 0)
     needed = runs_needed(plan, options.experiments, options.arm, seeds)
     for arm, _ in needed:
@@ -87,12 +92,14 @@ def gather_evidence(options: argparse.Namespace) -> None:
         return
     path = plan.out / "results.json"
     records = read_records(path)
+    for arm, seed in needed:
+        if str(seed) in records.get(arm.name, {}):
+            check_same_plan(plan, arm, seed, records[arm.name][str(seed)])
     for arm, seed in tqdm(needed, unit="run", desc="evidence"):
         if str(seed) not in records.get(arm.name, {}):
             tqdm.write(f"{arm.name}, seed {seed}")
             run_arm(plan, arm, seed)
-            records = add_record(path, arm.name, seed, record_of(plan, arm, seed))
-            write_page(plan, records)
+            records = add_record(plan, arm, seed, record_of(plan, arm, seed))
     print(write_page(plan, records))
 
 
@@ -102,13 +109,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="default: all of experiments.yaml")
     parser.add_argument("--file", default=str(FILE), help="the experiments (the shipped experiments.yaml)")
-    parser.add_argument("--out", default="runs/evidence", help="folder of the runs and the results (runs/evidence)")
+    parser.add_argument("--out", help="folder of the runs and the results (runs/evidence; quick: runs/evidence-quick)")
     parser.add_argument("--arm", action="append", default=[], help="only this arm; can be given again")
     parser.add_argument("--seeds", type=int, default=0, help="seeds 0 .. N - 1 (default: as the experiment says)")
     parser.add_argument("--ranks", type=int, default=0, help="ranks of each training (default: the GPUs, else 2)")
     parser.add_argument("--quick", action="store_true", help="few steps and clips: only to see that everything runs")
     parser.add_argument("--list", action="store_true", help="print the commands, and run none")
     options = parser.parse_args(arguments)
+    if min(options.seeds, options.ranks) < 0:
+        parser.error("--seeds and --ranks must not be negative")
     return run_command(lambda: gather_evidence(options))
 
 

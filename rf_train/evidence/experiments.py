@@ -1,5 +1,7 @@
 """The experiments of `experiments.yaml`: which runs they need, and the settings of each run."""
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,6 +28,9 @@ class Arm:
     settings: tuple[str, ...] = ()  # a.b=c
     equal_compute: str = ""  # the arm whose last stage costs as many FLOP as this one's
 
+    def validate(self) -> None:
+        require_name(self.name)
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -37,7 +42,15 @@ class Experiment:
     seeds: int = 3
 
     def validate(self) -> None:
+        require_name(self.name)
         require_at_least(1, self, "seeds")
+
+
+def require_name(name: str) -> None:
+    """Names are parts of paths."""
+    require(
+        re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) is not None, f"name {name!r}: use letters, digits, _ . -"
+    )
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,13 @@ class Evidence:
         used += [name for experiment in self.experiments for name in experiment.arms]
         unknown = sorted(set(used) - names)
         require(not unknown, f"arms: there is no {', '.join(unknown)}")
+        for kind, some in (("arms", self.arms), ("experiments", self.experiments)):
+            twice = {one.name for one in some if [other.name for other in some].count(one.name) > 1}
+            require(not twice, f"{kind}: the name {', '.join(sorted(twice))} is there twice")
+        for arm in self.arms:
+            for key in ("start", "equal_compute"):
+                other = getattr(arm, key)
+                require(not other or not getattr(self.arm[other], key), f"arms: {arm.name}: {key} {other} has a {key}")
 
     @cached_property
     def arm(self) -> dict[str, Arm]:
@@ -113,6 +133,21 @@ class Plan:
             own += [f"start.run={self.folder(arm.start, seed)}", f"start.step={recipe.stages[0].steps}"]
         return [*arm.settings, *steps, *self._micro_batch(arm), *own]
 
+    def identity(self, arm: Arm, seed: int) -> str:
+        """What decides the result of a run, as JSON: neither where it is, nor on how many ranks it runs."""
+        recipe = config.to_dict(self.recipe(arm))
+        start = config.to_dict(self.recipe(self.evidence.arm[arm.start])) if arm.start else {}
+        for plain in (recipe, start):
+            for section, key in (("run", "out"), ("run", "deepspeed"), ("optimizer", "micro_batch")):
+                plain.get(section, {}).pop(key, None)
+        about = {"recipe": recipe, "start": start, "seed": seed, "clips": self.clips, "data": self.evidence.clips.data}
+        return json.dumps(about, sort_keys=True)
+
+    @property
+    def clips(self) -> int:
+        """Clips that each run is evaluated on."""
+        return 2 if self.quick else self.evidence.clips.count
+
     def training(self, arm: Arm, seed: int) -> list[str]:
         """The command that trains an arm with a seed, after that of `arm.start`."""
         launcher = ["deepspeed", "--num_accelerators", str(self.ranks), "--module", "rf_train.train"]
@@ -120,8 +155,7 @@ class Plan:
 
     def evaluation(self, arm: Arm, seed: int) -> list[str]:
         """The command that evaluates this run."""
-        count = 2 if self.quick else self.evidence.clips.count
-        clips = ["--data", self.evidence.clips.data, "--clips", str(count), "--batch", "16", "--videos", "2"]
+        clips = ["--data", self.evidence.clips.data, "--clips", str(self.clips), "--batch", "16", "--videos", "2"]
         return ["python", "-m", "rf_train.evaluate", str(self.folder(arm.name, seed)), *clips]
 
     def tflop(self, arm: Arm) -> float:

@@ -3,7 +3,8 @@
 import fcntl
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,7 +18,18 @@ from rf_train.run_log import read_rows
 SHOWN = ("shape_kept", "objects_kept", "speed", "goes_straight", "bounces", "sharpness", "frechet")
 BETTER = {metric.name: metric.better for metric in VIDEO_METRICS} | {"frechet": "lower"}
 
-REQUIRED = {"metrics", "history", "segments_seconds", "steps", "tflop", "minutes", "versions", "training", "evaluation"}
+REQUIRED = {
+    "identity",
+    "metrics",
+    "history",
+    "segments_seconds",
+    "steps",
+    "tflop",
+    "minutes",
+    "versions",
+    "training",
+    "evaluation",
+}
 
 Record = dict  # of one run: see `record_of`
 Records = dict[str, dict[str, Record]]  # {arm: {seed: record}}
@@ -34,6 +46,11 @@ def read_records(path: Path) -> Records:
             missing = REQUIRED - record.keys()
             if missing or "frechet" not in record["metrics"]:
                 raise ValueError(f"a record without {', '.join(sorted(missing)) or 'frechet'}")
+            lists = [*record["metrics"].values(), record["segments_seconds"]]
+            if not all(isinstance(one, list) and one for one in lists) or not isinstance(
+                record["history"], dict | None
+            ):
+                raise ValueError("a record whose lists are empty or no lists")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the results of this version ({error}); move it away") from None
     return runs
@@ -42,9 +59,12 @@ def read_records(path: Path) -> Records:
 def record_of(plan: Plan, arm: Arm, seed: int) -> Record:
     """What is kept of a run that was trained and evaluated: {metric: mean over clips, by segment}, costs, commands."""
     folder = plan.folder(arm.name, seed)
-    found = json.loads((folder / "evaluation" / "evaluation.json").read_text())
+    found, steps = json.loads((folder / "evaluation" / "evaluation.json").read_text()), plan.recipe(arm).steps
+    if found["step"] != steps:
+        raise ValueError(f"{folder}: trained for {found['step']} steps, not {steps}: from another plan; move it away")
     metrics = {name: [cell["mean"] for cell in cells] for name, cells in found["metrics"].items()}
     return {
+        "identity": plan.identity(arm, seed),
         "metrics": {**metrics, "frechet": found["frechet"]},
         "history": found["history"],
         "segments_seconds": found["segments_seconds"],
@@ -58,15 +78,31 @@ def record_of(plan: Plan, arm: Arm, seed: int) -> Record:
     }
 
 
-def add_record(path: Path, arm: str, seed: int, record: Record) -> Records:
-    """Adds a record to a results.json, and returns all of them. Several processes may do so at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def add_record(plan: Plan, arm: Arm, seed: int, record: Record) -> Records:
+    """Adds a record to the results, and writes the page. Several processes may do so at once. Returns all records."""
+    path = plan.out / "results.json"
+    with locked(path.with_suffix(".lock")):
         records = read_records(path)
-        records.setdefault(arm, {})[str(seed)] = record
+        records.setdefault(arm.name, {})[str(seed)] = record
         write_json(path, records)
+        write_page(plan, records)
     return records
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[int]:
+    """Waits until no other process has this file. Yields its descriptor: a child that gets it counts, too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
+
+
+def check_same_plan(plan: Plan, arm: Arm, seed: int, record: Record) -> None:
+    """Raises ValueError when a record is of a run with other settings than the plan's."""
+    if record["identity"] != plan.identity(arm, seed):
+        found = f"{plan.out / 'results.json'}: {arm.name}, seed {seed}, was run with other settings"
+        raise ValueError(f"{found}; take it out of the file, or use another --out")
 
 
 # ---- the page
@@ -144,9 +180,13 @@ def shortest_spans(arms: Sequence[Arm], records: Records) -> list[list[float]]:
 
 def values_of(records: Records, arm: Arm, metric: str, segment: int) -> list[float | None]:
     """A metric of every seed of an arm, in the order of the seeds."""
-    seeds = sorted(records[arm.name], key=int)
-    found = [records[arm.name][seed]["metrics"].get(metric) for seed in seeds]
-    return [None if not values or segment >= len(values) else values[segment] for values in found]
+    return [value_of(records[arm.name][seed], metric, segment) for seed in sorted(records[arm.name], key=int)]
+
+
+def value_of(record: Record, metric: str, segment: int) -> float | None:
+    """A metric of a run in a segment; None if it wasn't measured."""
+    values = record["metrics"].get(metric) or []
+    return values[segment] if segment < len(values) else None
 
 
 def with_spread(values: Sequence[float | None]) -> str:
@@ -162,7 +202,7 @@ def comparison(arms: list[Arm], records: Records, segment: int, head: str) -> st
     lines = []
     for arm in arms[:-1]:
         common = sorted(set(records[arm.name]) & set(records[last.name]), key=int)
-        pairs = [[records[one.name][seed]["metrics"][metric][segment] for one in (last, arm)] for seed in common]
+        pairs = [[value_of(records[one.name][seed], metric, segment) for one in (last, arm)] for seed in common]
         differences = [a - b for a, b in pairs if a is not None and b is not None]
         if differences:
             sign = -1 if BETTER[metric] == "lower" else 1

@@ -115,12 +115,13 @@ class Routed(Attention, kind="routed"):
 def attention_at_any_length(trained: Attention, chunks: int) -> Attention:
     """The attention of generation after training with `trained` on clips of `chunks` chunks.
 
-    After routing it is routing itself. Else it is a window as wide as the history seen in training, or training's own
-    window if that is narrower. So relative positions stay inside what was trained, however long the video gets.
+    After routing it is routing itself, if the clips had so many chunks that it made a choice. Else it is a window as
+    wide as the history seen in training, or training's own window if that is narrower. So relative positions stay
+    inside what was trained, however long the video gets.
     """
-    if isinstance(trained, Routed):
-        return trained
     seen = chunks - 1
+    if isinstance(trained, Routed) and trained.read_chunks < seen:
+        return trained
     if isinstance(trained, Window) and trained.window + trained.sink <= seen:
         return trained
     return Window(window=seen) if seen else Dense()

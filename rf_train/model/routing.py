@@ -22,6 +22,7 @@ from torch import Tensor
 from rf_train.model.chunks import Routed
 
 SMALL_PAIRS = 2**19  # queries x keys of a head, up to which a CPU is faster with a mask than with many small calls
+GRID = 65535  # sequences in one call of a GPU's variable-length kernel
 GATHERED_BYTES = {"cpu": 16 * 2**20, "cuda": 2**30}  # of the rows that a group of heads gathers at once
 
 observers: list[Callable[[Tensor, "RoutingPlan"], None]] = []  # called with the choices of every routed attention
@@ -52,11 +53,12 @@ class RoutingPlan:
 
 @torch.no_grad()
 def choose_slots(q: Tensor, means: Tensor, plan: RoutingPlan) -> Tensor:
-    """The key chunks that each query reads: int16 [B, H, R, n].
+    """The key chunks that each query reads: int16 [B, H, R, n]; int32 with very many chunks.
 
     q [B, H, R, D]: the queries of `plan.rows`. means [B, H, chunks, D]: see `chunk_means`. Scores are computed in fp32.
     """
     found, begin, attention = [], 0, plan.attention
+    dtype = torch.int16 if len(plan.bounds) < 2**15 else torch.int32
     for rows in plan.rows:
         asking = q[:, :, begin : begin + rows.queries].to(means.dtype)
         first, last = attention.sink, rows.earlier - attention.window
@@ -64,7 +66,7 @@ def choose_slots(q: Tensor, means: Tensor, plan: RoutingPlan) -> Tensor:
         chosen = first + scores.topk(attention.top_k, dim=3).indices
         always = [*range(first), *range(last, rows.earlier), rows.own]
         fixed = torch.tensor(always, device=q.device).expand(*chosen.shape[:3], -1)
-        found.append(torch.cat([chosen, fixed], dim=3).to(torch.int16))
+        found.append(torch.cat([chosen, fixed], dim=3).to(dtype))
         begin += rows.queries
     return torch.cat(found, dim=2)
 
@@ -82,7 +84,13 @@ def routed_attention(
     q: Tensor, k: Tensor, v: Tensor, means: Tensor, plan: RoutingPlan, stash: dict | None = None
 ) -> Tensor:
     """Routed attention of the queries of `plan.rows`: q [B, H, R, D], k and v [B, H, L, D] -> [B, H, R, D]."""
-    slots, kernels = choose_slots(q, means, plan), segment_kernels(q)
+    kernels = segment_kernels(q)
+    if stash and "slots" in stash:  # a second choice could differ by rounding from the first one
+        slots = stash.pop("slots")
+    else:
+        slots = choose_slots(q, means, plan)
+        if stash is not None:
+            stash["slots"] = slots
     for observe in observers:
         observe(slots, plan)
     if kernels is None or (q.device.type == "cpu" and q.shape[2] * k.shape[2] <= SMALL_PAIRS):
@@ -211,15 +219,16 @@ def bytes_per_head(queries: int, slots: int, width: int, itemsize: int) -> int:
     return queries * slots * (width * (2 * itemsize + 4) + 40)
 
 
-def heads_at_once(heads: int, head_bytes: int, device: str) -> int:
-    """The heads of a group, so that what it gathers stays within GATHERED_BYTES. At least one."""
-    return max(1, min(heads, GATHERED_BYTES[device] // max(1, head_bytes)))
+def heads_at_once(heads: int, chunks: int, head_bytes: int, device: str) -> int:
+    """The heads of a group, at least one: what it gathers stays within GATHERED_BYTES, its sequences within a grid."""
+    return max(1, min(heads, GATHERED_BYTES[device] // max(1, head_bytes), GRID // max(1, chunks)))
 
 
-def head_groups(q: Tensor, slots: int) -> list[tuple[int, slice]]:
+def head_groups(q: Tensor, plan: RoutingPlan) -> list[tuple[int, slice]]:
     """(clip, heads) of each group of heads that is computed at once: q [B, H, R, D]."""
     batch, heads, queries, width = q.shape
-    size = heads_at_once(heads, bytes_per_head(queries, slots, width, q.element_size()), q.device.type)
+    one = bytes_per_head(queries, plan.slots, width, q.element_size())
+    size = heads_at_once(heads, len(plan.bounds), one, q.device.type)
     return [(clip, slice(begin, begin + size)) for clip in range(batch) for begin in range(0, heads, size)]
 
 
@@ -241,7 +250,7 @@ class RoutedAttention(torch.autograd.Function):
         else:
             rests = []
             out, log_sums = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-            for clip, heads in head_groups(q, plan.slots):
+            for clip, heads in head_groups(q, plan):
                 gather = Gather.of(slots[clip, heads], plan)
                 rows = q[clip, heads].flatten(0, 1).index_select(0, gather.source)
                 parts, sums, rest = kernels[0](rows, k[clip, heads], v[clip, heads], gather.segments)
@@ -252,7 +261,11 @@ class RoutedAttention(torch.autograd.Function):
                 out[clip, heads] = merged.view_as(out[clip, heads]).to(q.dtype)
                 log_sums[clip, heads] = total.view_as(log_sums[clip, heads])
             if stash is not None:
-                stash["routing"] = out, log_sums, rests
+                stash["routing"] = (
+                    out.detach(),
+                    log_sums,
+                    rests,
+                )  # `out` itself will hold the graph, which holds the stash
         ctx.save_for_backward(q, k, v, out, log_sums, slots)
         ctx.plan, ctx.backward_kernel, ctx.rests = plan, kernels[1], rests
         return out
@@ -261,7 +274,7 @@ class RoutedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, log_sums, slots = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for (clip, heads), rest in zip(head_groups(q, ctx.plan.slots), ctx.rests):
+        for (clip, heads), rest in zip(head_groups(q, ctx.plan), ctx.rests):
             gather = Gather.of(slots[clip, heads], ctx.plan)
             each = (x[clip, heads].flatten(0, 1) for x in (grads[0], q, out, log_sums))
             grad, *rows, sums = (x.index_select(0, gather.source) for x in each)

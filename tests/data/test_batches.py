@@ -122,3 +122,12 @@ def test_datasets_of_different_codecs_or_text_encoders_are_refused(tmp_path, par
     (other / "dataset.json").write_text(json.dumps(card))
     with pytest.raises(ValueError, match=f"its {part} is not that of"):
         open_datasets(recipe)
+
+
+def test_held_out_clips_of_another_size_are_refused_before_training(tmp_path):
+    plain = config.to_dict(recipe_for(write_dataset(tmp_path / "d", 6)))
+    plain["data"]["evaluation"] = str(write_dataset(tmp_path / "large", 6, height=8))
+    assert len(open_datasets(config.from_dict(plain))) == 1
+    plain["evaluation"]["every"] = 4
+    with pytest.raises(ValueError, match=r"large has latents of 8x6, .*d of 4x6"):
+        open_datasets(config.from_dict(plain))

@@ -57,6 +57,12 @@ def test_the_summary_is_the_mean_and_the_spread_over_clips():
     assert summary(rows_of([[1.0]]), 1)["metrics"]["psnr"] == [{"mean": 1.0, "std": 0.0}]  # one clip has no spread
 
 
+def test_latents_that_are_not_finite_have_no_frechet_distance():
+    rows = rows_of([[1.0]])
+    rows[0]["features"][0]["made"] = Gaussian(1, [float("nan")], [[1.0]]).record()
+    assert summary(rows, 1)["frechet"] == [None]
+
+
 def test_a_dataset_is_of_the_drawn_world_if_all_its_captions_are():
     one, other = "a red square moving up", "a blue circle moving down in front of a red square moving left"
     assert drawn_kinds([one]) == ("square",) and drawn_kinds([other, one]) == ("circle", "square")

@@ -77,7 +77,7 @@ def test_the_runs_that_experiments_need_are_named_once_and_seed_by_seed(plan):
     runs = [(arm.name, seed) for arm, seed in command.runs_needed(plan, ["histories", "shift"], [], 0)]
     assert len(set(runs)) == len(runs) == 5 * 5 + 3 * 2 and [seed for _, seed in runs] == sorted(s for _, s in runs)
     assert command.runs_needed(plan, ["shift"], ["shift_3"], 1) == [(plan.evidence.arm["shift_3"], 0)]
-    for names, arms, words in ((["none"], [], "no experiment 'none'"), ([], ["none"], "no chosen experiment")):
+    for names, arms, words in ((["none"], [], "no experiment 'none'"), ([], ["noise", "none"], "has the arm none")):
         with pytest.raises(ValueError, match=words):
             command.runs_needed(plan, names, arms, 0)
     assert [one.name for one in chosen(plan.evidence, [])] == [one.name for one in SHIPPED.experiments]
@@ -89,7 +89,30 @@ def test_an_arm_that_is_not_there_is_named():
             Evidence, {"arms": [{"name": "a", "start": "b"}], "experiments": [{"name": "x", "arms": ["a", "c"]}]}
         )
     with pytest.raises(ValueError, match="seeds"):
-        from_plain(Experiment, {"seeds": 0})
+        from_plain(Experiment, {"name": "x", "seeds": 0})
+
+
+@pytest.mark.parametrize(
+    "plain, words",
+    [
+        ({"arms": [{"name": "../a"}]}, "use letters"),
+        ({"arms": [{"name": "a"}, {"name": "a"}]}, "the name a is there twice"),
+        ({"arms": [{"name": "a", "start": "b"}, {"name": "b", "start": "a"}]}, "a: start b has a start"),
+        ({"arms": [{"name": "a", "equal_compute": "a"}]}, "a: equal_compute a has a equal_compute"),
+        ({"arms": [{"name": "a"}], "experiments": [{"name": "x/y", "arms": ["a"]}]}, "use letters"),
+    ],
+)
+def test_names_and_references_that_lead_nowhere_are_one_line(plain, words):
+    with pytest.raises(ValueError, match=words):
+        from_plain(Evidence, plain)
+
+
+def test_the_identity_of_a_run_is_its_settings_wherever_and_on_however_many_ranks_it_runs(plan, tmp_path):
+    arm = plan.evidence.arm["noise"]
+    other = Plan(plan.evidence, tmp_path, ranks=1)
+    assert plan.identity(arm, 0) == other.identity(arm, 0)
+    different = [Plan(plan.evidence, plan.out, quick=True).identity(arm, 0), plan.identity(arm, 1)]
+    assert plan.identity(arm, 0) not in [*different, plan.identity(plan.evidence.arm["parallel"], 0)]
 
 
 def test_data_that_is_not_there_is_one_line(plan, tmp_path, monkeypatch, capsys):
@@ -103,5 +126,8 @@ def test_a_command_that_fails_is_told_with_its_error(tmp_path):
     with pytest.raises(ValueError, match=r"exit code 3: error: no luck"):
         command.run(["python", "-c", "print('error: no luck'); raise SystemExit(3)"], folder)
     assert folder.with_suffix(".log").read_text() == "error: no luck\n"
+    with pytest.raises(ValueError, match=r"exit code 4: see ") as raised:  # not the error of the time before
+        command.run(["python", "-c", "raise SystemExit(4)"], folder)
+    assert "no luck" not in str(raised.value)
     command.run(["python", "-c", "import sys; print(sys.executable)"], folder)
     assert folder.with_suffix(".log").read_text().endswith(f"{sys.executable}\n")

@@ -1,13 +1,15 @@
 """Results: what runs gave is kept by arm and seed, and the page says what the numbers say."""
 
 import json
+import subprocess
+import time
 
 import pytest
 
 from rf_train.evidence import __main__ as command
 from rf_train.evidence import results
 from rf_train.evidence.experiments import Arm, Clips, Evidence, Experiment, Plan
-from rf_train.evidence.results import add_record, read_records, write_page
+from rf_train.evidence.results import add_record, locked, read_records, write_page
 
 SEGMENTS = [[0.5, 1.0], [1.0, 2.0]]
 EVIDENCE = Evidence(
@@ -19,6 +21,7 @@ EVIDENCE = Evidence(
 
 def record(shape: float, **changes) -> dict:
     return {
+        "identity": "the settings",
         "metrics": {"shape_kept": [1.0, shape], "speed": [1.0, None], "frechet": [0.1, 0.2]}, "history": None,
         "segments_seconds": SEGMENTS, "clips": 2, "steps": 10, "tflop": 7.0, "minutes": 1.0,
         "versions": {"torch": "2"}, "training": ["deepspeed", "x"], "evaluation": ["python", "y"], **changes,
@@ -31,10 +34,9 @@ def plan(tmp_path):
 
 
 def test_the_page_gives_mean_and_spread_over_seeds_and_compares_seed_by_seed(plan):
-    path = plan.out / "results.json"
     for arm, shapes in (("a", [0.2, 0.4]), ("b", [0.9, 0.3])):
         for seed, shape in enumerate(shapes):
-            records = add_record(path, arm, seed, record(shape))
+            records = add_record(plan, EVIDENCE.arm[arm], seed, record(shape))
     page = write_page(plan, records).read_text()
     assert "| arm A | 1.00 ± 0.00 | 0.30 ± 0.14 |" in page and "| arm B | 1.00 ± 0.00 | 0.60 ± 0.42 |" in page
     assert "- arm B against arm A: 0.30 ± 0.57, better with 1 of 2 seeds" in page
@@ -48,8 +50,7 @@ def test_equal_results_give_equal_files(plan, tmp_path):
     for folder in (tmp_path / "one", tmp_path / "two"):
         own = Plan(EVIDENCE, folder)
         for arm in "ab":
-            records = add_record(folder / "results.json", arm, 0, record(0.5))
-        write_page(own, records)
+            add_record(own, EVIDENCE.arm[arm], 0, record(0.5))
     for name in ("results.json", "results.md", "first.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -57,18 +58,51 @@ def test_equal_results_give_equal_files(plan, tmp_path):
 def test_without_shapes_arms_are_compared_by_frechet_distance(plan):
     for arm, distance in (("a", 0.5), ("b", 0.2)):
         own = record(0.0, metrics={"sharpness": [1.0, 1.0], "frechet": [0.1, distance]})
-        records = add_record(plan.out / "results.json", arm, 0, own)
+        records = add_record(plan, EVIDENCE.arm[arm], 0, own)
     assert "arm B against arm A: -0.30 ± 0.00, better with 1 of 1 seeds" in write_page(plan, records).read_text()
+
+
+def test_an_arm_without_a_metric_is_left_out_of_its_comparison(plan):
+    add_record(plan, EVIDENCE.arm["a"], 0, record(0.0, metrics={"sharpness": [1.0, 1.0], "frechet": [0.1, 0.3]}))
+    records = add_record(plan, EVIDENCE.arm["b"], 0, record(0.5))
+    page = write_page(plan, records).read_text()
+    assert "| arm A | - | - |" in page and "arm B against arm A" not in page
+
+
+def test_a_folder_is_used_by_one_process_at_a_time_and_a_child_counts(tmp_path):
+    path = tmp_path / "runs" / "arm.lock"
+    with locked(path) as descriptor:
+        child = subprocess.Popen(["sleep", "0.5"], pass_fds=[descriptor])
+    begin = time.perf_counter()
+    with locked(path):
+        assert time.perf_counter() - begin > 0.2 and child.wait() == 0
 
 
 def test_histories_are_told_by_their_last_quarter(plan):
     history = {"solver_steps": 1, "truth": [0.0, 0.0, 0.0, 0.25], "solver": [0.0, 0.0, 0.0, 0.5]}
     for arm in "ab":
-        records = add_record(plan.out / "results.json", arm, 0, record(0.5, history=history))
+        records = add_record(plan, EVIDENCE.arm[arm], 0, record(0.5, history=history))
     assert "| arm A | 1 | 0.25 ± 0.00 | 0.50 ± 0.00 |" in write_page(plan, records).read_text()
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"a": {"0": {}}}', '{"a": {"0": {"metrics": 1}}}'])
+def damaged(**changes) -> str:
+    return json.dumps({"a": {"0": record(0.5, **changes)}})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        damaged(segments_seconds=[]),
+        damaged(metrics={"frechet": "x"}),
+        damaged(history=[1]),
+        damaged(metrics={"frechet": []}),
+        '{"a": 1}',
+        '{"a": {"0": {}}}',
+        '{"a": {"0": {"metrics": 1}}}',
+    ],
+)
 def test_a_file_that_is_not_ours_is_one_line(tmp_path, text):
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(ValueError, match=r"results\.json: not the results of this version"):
@@ -88,6 +122,7 @@ def test_what_is_done_is_not_done_again_and_a_failure_keeps_what_is_done(plan, m
     monkeypatch.setattr(command, "check_data", lambda *_: None)
     monkeypatch.setattr(command, "run_arm", run_arm)
     monkeypatch.setattr(command, "record_of", lambda *_: record(0.5))
+    monkeypatch.setattr(Plan, "identity", lambda self, arm, seed: "the settings")
     arguments = ["first", "--out", str(plan.out)]
     assert command.main(arguments) == 2 and "the power went" in capsys.readouterr().err
     assert ran == [("a", 0), ("b", 0), ("a", 1)]
@@ -98,3 +133,5 @@ def test_what_is_done_is_not_done_again_and_a_failure_keeps_what_is_done(plan, m
         "a": ["0", "1"], "b": ["0", "1"],
     }  # fmt: skip
     assert results.read_records(plan.out / "none.json") == {}
+    monkeypatch.setattr(Plan, "identity", lambda self, arm, seed: "other settings")
+    assert command.main(arguments) == 2 and "a, seed 0, was run with other settings" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Routed attention: the fast path against a reference whose choice is written here, and what it must never build."""
 
 import random
+import weakref
 
 import pytest
 import torch
@@ -246,3 +247,25 @@ def test_the_calls_of_the_gpu_kernels_have_the_shapes_that_these_kernels_take():
     assert out.shape == q.shape and log_sums.shape == (60,) and log_sums.dtype == torch.float32
     dq, dk, dv = routing._cuda_backward(torch.empty_like(q), q, k, v, out, log_sums, meta, rest)
     assert dq.shape == q.shape and dk.shape == k.shape and dv.shape == v.shape
+
+
+def test_selective_recomputation_takes_choice_and_result_from_the_stash_and_holds_no_graph(monkeypatch):
+    layout = layout_of([3] * 6, Routed(top_k=2))
+    inputs, stash = random_qkv(layout, 1, 2, 8), {}
+    first = two_stream_attention(*inputs, layout, stash=stash)
+    reference, value = weakref.ref(first), first.detach().clone()
+    del first
+    assert reference() is None and {"slots", "routing", "attention"} <= stash.keys()
+    monkeypatch.setattr(routing, "choose_slots", None)
+    second = two_stream_attention(*inputs, layout, stash=stash)
+    assert torch.equal(second, value) and not stash
+    weight = torch.randn(value.shape)
+    found = with_gradients(second, inputs, weight)
+    assert_equal(found, with_gradients(expected_attention(*inputs, layout), inputs, weight), 1e-5)
+
+
+def test_very_many_chunks_keep_their_numbers():
+    plan = RoutingPlan((RoutedRows(1, 40000, 40000),), tuple(range(40002)), Routed(1))
+    means = torch.zeros(1, 1, 40000, 2)
+    means[0, 0, 39999] = 1.0
+    assert choose_slots(torch.ones(1, 1, 1, 2), means, plan).tolist() == [[[[39999, 40000]]]]
