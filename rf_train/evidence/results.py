@@ -113,12 +113,13 @@ def write_page(plan: Plan, records: Records) -> Path:
     parts = [
         "# Results",
         "Written by `python -m rf_train.evidence`. Segments are as long as a training clip of the demo. Each number "
-        "is the mean over seeds of the mean over clips, ± the standard deviation over seeds. The metrics are explained "
+        "is the mean over seeds of the mean over clips, ± the standard deviation over seeds; without ± it is one seed. "
+        "An experiment is shown when most of its arms have been run. The metrics are explained "
         "in [evaluation](../evaluation/README.md).",
     ]
     for experiment in plan.evidence.experiments:
         arms = [plan.evidence.arm[name] for name in experiment.arms if records.get(name)]
-        if len(arms) < 2:
+        if len(arms) < 2 or 2 * len(arms) <= len(experiment.arms):
             continue
         (plan.out / f"{experiment.name}.png").write_bytes(curves(arms, records))
         parts += experiment_parts(plan, experiment, arms, records)
@@ -139,8 +140,10 @@ def experiment_parts(plan: Plan, experiment: Experiment, arms: list[Arm], record
         start = f"from {arm.start}'s first stage" if arm.start else "whole"
         numbers = [", ".join(seeds[arm.name]), str(some[0]["steps"]), f"{some[0]['tflop']:.0f}", minutes]
         rows.append([arm.title, *numbers, start, f"`{settings}`"])
+    missing = [plan.evidence.arm[name].title for name in experiment.arms if not records.get(name)]
     parts = [
         f"## {experiment.name}: {experiment.question}",
+        *([f"Not run yet: {', '.join(missing)}."] if missing else []),
         markdown_table(["arm", "seeds", "steps", "TFLOP", "minutes of its own", "run", "settings"], rows),
         f"![curves]({experiment.name}.png)",
     ]
@@ -164,10 +167,9 @@ def experiment_parts(plan: Plan, experiment: Experiment, arms: list[Arm], record
         parts.append(markdown_table(["arm", "solver steps", "to the truth", "to the fine history"], histories))
     first = arms[-1]
     seed = seeds[first.name][0]
-    commands = " \\\n    ".join(records[first.name][seed]["training"])
-    evaluation = " ".join(records[first.name][seed]["evaluation"])
+    training, evaluation = (" ".join(records[first.name][seed][key]) for key in ("training", "evaluation"))
     versions = ", ".join(f"{name} {version}" for name, version in records[first.name][seed]["versions"].items())
-    parts.append(f"The row of {first.title}, seed {seed} ({versions}):\n\n    {commands}\n    {evaluation}")
+    parts.append(f"The row of {first.title}, seed {seed} ({versions}):\n\n    {training}\n    {evaluation}")
     again = f"python -m rf_train.evidence {experiment.name} --arm {first.name} --seeds 1 --out runs/again"
     parts.append(f"Or, with all that it starts from: `{again}`")
     return parts
@@ -191,7 +193,8 @@ def value_of(record: Record, metric: str, segment: int) -> float | None:
 
 def with_spread(values: Sequence[float | None]) -> str:
     mean, std = mean_and_std(values)
-    return "-" if mean is None else f"{mean:.2f} ± {std:.2f}"
+    single = sum(value is not None for value in values) == 1
+    return "-" if mean is None else f"{mean:.2f}" if single else f"{mean:.2f} ± {std:.2f}"
 
 
 def comparison(arms: list[Arm], records: Records, segment: int, head: str) -> str:
