@@ -60,15 +60,6 @@ def tiny_wan(seed: int = 3):
 
 
 @pytest.fixture
-def one_thread():
-    """PyTorch's counters and modes see only what their own thread does."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
 def tiny_model():
     def build(**changes) -> CausalWan:
         model = CausalWan(tiny_settings(**changes))

@@ -10,7 +10,6 @@ n slots of a query: the chunks that it reads.
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -148,20 +147,12 @@ def _cpu_backward(
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-    @torch.no_grad()
-    def one_head(head: int) -> None:
+    for head in range(len(k)):
         for queries, keys in _of_head(head, segments):
             rows = [x[queries][None, None] for x in (grad, q, out, log_sums)]
             own = [x[head, keys][None, None] for x in (k, v)]
             parts = backward(rows[0], rows[1], *own, rows[2], rows[3], 0.0, False)
             dq[queries], dk[head, keys], dv[head, keys] = (part[0, 0] for part in parts)
-
-    if torch.get_num_threads() == 1:
-        for head in range(len(k)):
-            one_head(head)
-    else:  # this kernel has one thread per head of a call, and here a call has one head
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            list(threads.map(one_head, range(len(k))))
     return dq, dk, dv
 
 

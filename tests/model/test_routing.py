@@ -204,7 +204,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_memory_grows_with_the_tokens_and_not_with_their_square(one_thread):
+def test_memory_grows_with_the_tokens_and_not_with_their_square():
     found = []
     for chunks in (20, 80):
         layout = layout_of([16] * chunks, Routed(top_k=2))

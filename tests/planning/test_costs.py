@@ -35,9 +35,6 @@ def test_parameters_are_the_models(gpus):
     assert case.parameters_per_rank == sum(-(-parameter.numel() // gpus) for parameter in model.parameters())
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---- FLOP
 
 
