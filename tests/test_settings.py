@@ -90,8 +90,11 @@ def test_an_unknown_kind_is_refused_with_the_kinds_that_there_are(raw, message):
             {"history": {"probability": 0.5}},  # of the default kind
             "history.probability: unknown setting; 'autoregressive' has t_shift, solver_steps",
         ),
-        ({"attention": {"kind": "routed", "window": 3}}, "attention.window: unknown setting; 'routed' has top_k"),
-        ({"attention": {"kind": "routed", 5: 3}}, "attention.5: unknown setting; 'routed' has top_k"),
+        (
+            {"attention": {"kind": "routed", "t_shift": 3}},
+            "attention.t_shift: unknown setting; 'routed' has top_k, window, sink",
+        ),
+        ({"attention": {"kind": "routed", 5: 3}}, "attention.5: unknown setting; 'routed' has top_k, window, sink"),
         (
             {"attention": {"kind": "routed", "topk": 3}},
             "attention.topk: unknown setting; did you mean attention.top_k?",
