@@ -178,8 +178,10 @@ def bench_routing(options: argparse.Namespace) -> Result:
             functions[f"mask {few}"] = partial(masked_by_chunk, qkv, chunk, few, top_k, grad)
         seconds |= timed(functions, options.rounds)
     early, late = 16, 128  # chunks of history
-    steps = {f"chunk {n}": generated_chunk(heads, head_dim, chunk, n, top_k) for n in (early, late)}
-    seconds |= timed({**steps}, 4 * options.rounds)
+    steps: dict[str, Callable[[], object]] = {
+        f"chunk {n}": generated_chunk(heads, head_dim, chunk, n, top_k) for n in (early, late)
+    }
+    seconds |= timed(steps, 4 * options.rounds)
     small, large = (peak_bytes(heads, head_dim, chunk, n, top_k) for n in (few, many))
     read = 2 * sum(min(i, top_k + 1) for i in range(1, many + 1)) - min(many, top_k + 1)
     promise = many**2 / read

@@ -85,7 +85,7 @@ def _flat(row: dict) -> dict:
     """A row as wandb takes it: lists as "name/0", "name/1", ..., dicts as "name/key", and nothing that is None."""
     flat = {}
     for key, value in row.items():
-        if isinstance(value, list | tuple):
+        if isinstance(value, list):
             value = {str(i): part for i, part in enumerate(value)}
         if isinstance(value, dict):
             flat.update({f"{key}/{name}": part for name, part in _flat(value).items()})

@@ -32,21 +32,25 @@ class Ranks:
     device: torch.device
 
 
+def free_port() -> int:
+    """A TCP port of this machine that nothing uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def start_ranks() -> Ranks:
     """Joins the ranks that the launcher started. Without a launcher, this process is the only rank."""
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         alone = {
             "RANK": "0",
             "LOCAL_RANK": "0",
             "WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(free_port()),
         }
         os.environ.update(alone)
     on_gpu = torch.cuda.is_available()

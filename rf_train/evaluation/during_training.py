@@ -71,8 +71,8 @@ class TrainingEvaluation:
     def _batches(self) -> list[list[int]]:
         """This replica's clips, as many as each other replica has: where clips are too few, some are made twice."""
         clips, engine, size = self.videos.clips, self.engine, self.recipe.optimizer.micro_batch
-        own = [index % clips for index in range(engine.replica, -(-clips // engine.replicas) * engine.replicas,
-                                                engine.replicas)]  # fmt: skip
+        turns = -(-clips // engine.replicas)
+        own = [(engine.replica + turn * engine.replicas) % clips for turn in range(turns)]
         return [own[begin : begin + size] for begin in range(0, len(own), size)]
 
     def _sampler(self, done: int) -> Sampler:

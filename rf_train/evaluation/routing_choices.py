@@ -24,7 +24,7 @@ class RoutingChoices:
         self._calls = 0
 
     def add(self, slots: Tensor, plan: RoutingPlan) -> None:
-        """Adds the choices of one layer; the layers of a pass come one after another. slots: see `choose_slots`."""
+        """Adds the choices of one layer, int16 [B, H, R, n], see `choose_slots`. Calls come layer after layer."""
         layer, begin, attention = self._calls % len(self.by_distance), 0, plan.attention
         self._calls += 1
         for rows in plan.rows:
@@ -46,7 +46,7 @@ class RoutingChoices:
         layers and heads. "first_chunk": the same for the first chunk. "entropy": of a head's choices over distances, in
         nats, the mean over layers and heads. "mean_distance": [layers][heads].
         """
-        if not self._calls and not self.by_distance.any():
+        if not self.by_distance.any():
             return None
         chosen, could = self.by_distance.double().unbind(-1)
         share = chosen / chosen.sum(-1, keepdim=True).clamp(min=1)

@@ -5,7 +5,6 @@ stopped anywhere: the same command goes on. Hours on two CPU cores; `--quick` on
 """
 
 import argparse
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from data_prep.command import run_command
 from rf_train import config
+from rf_train.engine.collectives import free_port
 from rf_train.evidence.experiments import FILE, Arm, Plan, chosen, read_evidence
 from rf_train.evidence.results import add_record, check_same_plan, locked, read_records, record_of, write_page
 
@@ -54,15 +54,13 @@ def train(plan: Plan, arm: Arm, seed: int) -> None:
 def run(command: list[str], folder: Path) -> None:
     """Runs one of the plan's commands; what it prints goes to a file beside the run's folder.
 
-    Raises ValueError with the last line that it printed when it fails.
+    Raises ValueError with the last error that it printed when it fails.
     """
     here = Path(sys.executable).parent
     program, *rest = command
     if program == "deepspeed":
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        start = [str(here / program) if (here / program).is_file() else program, "--master_port", str(port)]
+        launcher = str(here / program) if (here / program).is_file() else program
+        start = [launcher, "--master_port", str(free_port())]
     else:
         start = [sys.executable]
     log = folder.with_suffix(".log")
@@ -70,11 +68,10 @@ def run(command: list[str], folder: Path) -> None:
     with locked(folder.with_suffix(".lock")) as lock, open(log, "a") as file:
         before = file.tell()
         done = subprocess.run([*start, *rest], stdout=file, stderr=subprocess.STDOUT, pass_fds=[lock])
-    code = done.returncode
-    if code:
+    if done.returncode:
         lines = log.read_bytes()[before:].decode(errors="replace").splitlines()
         errors = [line for line in lines if line.startswith("error")]
-        raise ValueError(f"{' '.join(command)}: exit code {code}: {errors[-1] if errors else f'see {log}'}")
+        raise ValueError(f"{' '.join(command)}: exit code {done.returncode}: {errors[-1] if errors else f'see {log}'}")
 
 
 def gather_evidence(options: argparse.Namespace) -> None:

@@ -1,6 +1,5 @@
 """The experiments of `experiments.yaml`: which runs they need, and the settings of each run."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -106,7 +105,10 @@ class Plan:
 
     def recipe(self, arm: Arm) -> Recipe:
         """The arm's recipe, with the steps that it really takes."""
-        plain = config.load(config.recipe_path(arm.recipe), [*arm.settings, *self._micro_batch(arm)])
+        plain = config.load(config.recipe_path(arm.recipe), arm.settings)
+        batch = plain.stages[0].batch
+        require(batch % self.ranks == 0, f"--ranks {self.ranks} does not divide the batch of {batch} clips")
+        plain = replace(plain, optimizer=replace(plain.optimizer, micro_batch=batch // self.ranks))
         if self.quick:
             stages = tuple(replace(stage, steps=max(2, stage.steps // QUICK_STEPS)) for stage in plain.stages)
             plain = replace(plain, stages=stages)
@@ -118,30 +120,25 @@ class Plan:
             plain = replace(plain, stages=(*first, replace(last, steps=steps)))
         return plain
 
-    def _micro_batch(self, arm: Arm) -> list[str]:
-        recipe = config.load(config.recipe_path(arm.recipe), arm.settings)
-        batch = recipe.stages[0].batch
-        require(batch % self.ranks == 0, f"--ranks {self.ranks} does not divide the batch of {batch} clips")
-        return [f"optimizer.micro_batch={batch // self.ranks}"]
-
     def overrides(self, arm: Arm, seed: int) -> list[str]:
         """The settings on the command line of the training of an arm with a seed."""
         recipe = self.recipe(arm)
-        steps = [f"stages.{i}.steps={stage.steps}" for i, stage in enumerate(recipe.stages)]
+        split = [f"stages.{i}.steps={stage.steps}" for i, stage in enumerate(recipe.stages)]
+        split.append(f"optimizer.micro_batch={recipe.optimizer.micro_batch}")
         own = [f"run.out={self.folder(arm.name, seed)}", f"run.seed={seed}", "evaluation.every=0"]
         if arm.start:
             own += [f"start.run={self.folder(arm.start, seed)}", f"start.step={recipe.stages[0].steps}"]
-        return [*arm.settings, *steps, *self._micro_batch(arm), *own]
+        return [*arm.settings, *split, *own]
 
-    def identity(self, arm: Arm, seed: int) -> str:
-        """What decides the result of a run, as JSON: neither where it is, nor on how many ranks it runs."""
-        recipe = config.to_dict(self.recipe(arm))
-        start = config.to_dict(self.recipe(self.evidence.arm[arm.start])) if arm.start else {}
-        for plain in (recipe, start):
-            for section, key in (("run", "out"), ("run", "deepspeed"), ("optimizer", "micro_batch")):
-                plain.get(section, {}).pop(key, None)
-        about = {"recipe": recipe, "start": start, "seed": seed, "clips": self.clips, "data": self.evidence.clips.data}
-        return json.dumps(about, sort_keys=True)
+    def identity(self, arm: Arm, seed: int) -> dict:
+        """What decides the result of a run, as plain JSON: not where it is, nor on how many ranks it runs."""
+        start = self.evidence.arm[arm.start] if arm.start else None
+        return {
+            "recipe": what_is_trained(self.recipe(arm)),
+            "start": what_is_trained(self.recipe(start)) if start else None,
+            "seed": seed,
+            "clips": [self.evidence.clips.data, self.clips],
+        }
 
     @property
     def clips(self) -> int:
@@ -163,6 +160,13 @@ class Plan:
         recipe = self.recipe(arm)
         steps = [step_flop(recipe, self.ranks, i) * stage.steps for i, stage in enumerate(recipe.stages)]
         return sum(steps) / 1e12
+
+
+def what_is_trained(recipe: Recipe) -> dict:
+    """The sections of a recipe that decide what is trained, without how it is split."""
+    plain = config.to_dict(recipe)
+    del plain["optimizer"]["micro_batch"]
+    return {section: plain[section] for section in ("model", "data", "flow", "optimizer", "stages")}
 
 
 def step_flop(recipe: Recipe, ranks: int, position: int) -> float:

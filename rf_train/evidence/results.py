@@ -9,9 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from data_prep.files import write_atomic, write_json
+from rf_train import config
 from rf_train.evaluation.statistics import mean_and_std
 from rf_train.evaluation.video_metrics import VIDEO_METRICS
-from rf_train.evidence.experiments import Arm, Experiment, Plan
+from rf_train.evidence.experiments import Arm, Experiment, Plan, what_is_trained
 from rf_train.report import COLOURS, new_figure
 from rf_train.run_log import read_rows
 
@@ -43,21 +44,28 @@ def read_records(path: Path) -> Records:
         found = json.loads(path.read_text())
         runs = {arm: dict(seeds) for arm, seeds in found.items()}
         for record in (record for seeds in runs.values() for record in seeds.values()):
-            missing = REQUIRED - record.keys()
-            if missing or "frechet" not in record["metrics"]:
-                raise ValueError(f"a record without {', '.join(sorted(missing)) or 'frechet'}")
-            lists = [*record["metrics"].values(), record["segments_seconds"]]
-            if not all(isinstance(one, list) and one for one in lists) or not isinstance(
-                record["history"], dict | None
-            ):
-                raise ValueError("a record whose lists are empty or no lists")
+            check_record(record)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the results of this version ({error}); move it away") from None
     return runs
 
 
+def check_record(record: Record) -> None:
+    """Raises ValueError when a record lacks something, or holds something else."""
+    missing = REQUIRED - record.keys()
+    if missing or "frechet" not in record["metrics"]:
+        raise ValueError(f"a record without {', '.join(sorted(missing)) or 'frechet'}")
+    lists = [*record["metrics"].values(), record["segments_seconds"]]
+    if not all(isinstance(one, list) and one for one in lists) or not isinstance(record["history"], dict | None):
+        raise ValueError("a record whose lists are empty or no lists")
+
+
 def record_of(plan: Plan, arm: Arm, seed: int) -> Record:
-    """What is kept of a run that was trained and evaluated: {metric: mean over clips, by segment}, costs, commands."""
+    """What is kept of a run that was trained and evaluated, as plain JSON.
+
+    "metrics": {name: mean over clips, by segment}. "minutes": of its own steps, without what it starts from. "tflop":
+    10^12 FLOP, with what it starts from. Raises ValueError when the run has not taken the plan's steps.
+    """
     folder = plan.folder(arm.name, seed)
     found, steps = json.loads((folder / "evaluation" / "evaluation.json").read_text()), plan.recipe(arm).steps
     if found["step"] != steps:
@@ -100,9 +108,19 @@ def locked(path: Path) -> Iterator[int]:
 
 def check_same_plan(plan: Plan, arm: Arm, seed: int, record: Record) -> None:
     """Raises ValueError when a record is of a run with other settings than the plan's."""
-    if record["identity"] != plan.identity(arm, seed):
+    try:
+        same = completed(record["identity"]) == completed(plan.identity(arm, seed))
+    except (ValueError, KeyError, TypeError, AttributeError):  # settings that this version doesn't have
+        same = False
+    if not same:
         found = f"{plan.out / 'results.json'}: {arm.name}, seed {seed}, was run with other settings"
         raise ValueError(f"{found}; take it out of the file, or use another --out")
+
+
+def completed(identity: dict) -> dict:
+    """With settings that are newer than the record: they had their defaults."""
+    recipes = {key: identity[key] and what_is_trained(config.from_dict(identity[key])) for key in ("recipe", "start")}
+    return {**identity, **recipes}
 
 
 # ---- the page
@@ -113,15 +131,15 @@ def write_page(plan: Plan, records: Records) -> Path:
     parts = [
         "# Results",
         "Written by `python -m rf_train.evidence`. Segments are as long as a training clip of the demo. Each number "
-        "is the mean over seeds of the mean over clips, ± the standard deviation over seeds; without ± it is one seed. "
-        "An experiment is shown when most of its arms have been run. The metrics are explained "
-        "in [evaluation](../evaluation/README.md).",
+        "is the mean over seeds of the mean over clips, and the standard deviation over seeds; a number alone is one "
+        "seed. An experiment is shown when most of its arms have been run. The metrics are explained in "
+        "[evaluation](../evaluation/README.md).",
     ]
     for experiment in plan.evidence.experiments:
         arms = [plan.evidence.arm[name] for name in experiment.arms if records.get(name)]
         if len(arms) < 2 or 2 * len(arms) <= len(experiment.arms):
             continue
-        (plan.out / f"{experiment.name}.png").write_bytes(curves(arms, records))
+        write_atomic(plan.out / f"{experiment.name}.png", curves(arms, records))
         parts += experiment_parts(plan, experiment, arms, records)
     if plan.quick:
         parts.insert(1, "**A quick run: it shows that everything runs. Its numbers mean nothing.**")
@@ -131,6 +149,7 @@ def write_page(plan: Plan, records: Records) -> Path:
 
 
 def experiment_parts(plan: Plan, experiment: Experiment, arms: list[Arm], records: Records) -> list[str]:
+    """The paragraphs and tables of one experiment, in Markdown. `arms`: those that have been run."""
     seeds = {arm.name: sorted(records[arm.name], key=int) for arm in arms}
     rows = []
     for arm in arms:
@@ -148,8 +167,7 @@ def experiment_parts(plan: Plan, experiment: Experiment, arms: list[Arm], record
         f"![curves]({experiment.name}.png)",
     ]
     spans = shortest_spans(arms, records)
-    picked = [i for i in (0, 1, 2, 3, len(spans) - 1) if i < len(spans)]
-    picked = sorted(set(picked))
+    picked = sorted({i for i in (0, 1, 2, 3, len(spans) - 1) if i < len(spans)})
     heads = [f"{spans[i][0]:.1f}-{spans[i][1]:.1f} s" for i in picked]
     for name in SHOWN:
         found = [[values_of(records, arm, name, i) for i in picked] for arm in arms]
@@ -192,6 +210,7 @@ def value_of(record: Record, metric: str, segment: int) -> float | None:
 
 
 def with_spread(values: Sequence[float | None]) -> str:
+    """Mean and standard deviation as text; one value alone; "-" for none."""
     mean, std = mean_and_std(values)
     single = sum(value is not None for value in values) == 1
     return "-" if mean is None else f"{mean:.2f}" if single else f"{mean:.2f} ± {std:.2f}"
@@ -218,16 +237,17 @@ def comparison(arms: list[Arm], records: Records, segment: int, head: str) -> st
 
 
 def history_rows(arms: list[Arm], records: Records) -> list[list[str]]:
+    """A row of the table of training's history for each arm that measured it."""
     rows = []
     for arm in arms:
         found = [record["history"] for record in records[arm.name].values() if record["history"]]
         if found:
-            ends = [[late(history[key]) for history in found] for key in ("truth", "solver")]
+            ends = [[last_quarter(history[key]) for history in found] for key in ("truth", "solver")]
             rows.append([arm.title, str(found[0]["solver_steps"]), *map(with_spread, ends)])
     return rows
 
 
-def late(by_chunk: list[float]) -> float:
+def last_quarter(by_chunk: list[float]) -> float:
     """The mean over the last quarter of the chunks."""
     part = by_chunk[-max(1, len(by_chunk) // 4) :]
     return sum(part) / len(part)

@@ -92,14 +92,43 @@ def two_stream_attention(
     blocks = query_blocks(asking, chunks, chunk_slices, layout.attention)
     if not blocks:
         return q[:, :, :0]
+    dense, routed = _split_by_choice(blocks, layout.attention)
+    together = kv_cache is None
+    if not routed:
+        return _dense(q, k, v, blocks, together, stash)
+    if kv_cache is None:
+        means = chunk_means(k[:, :, :new_tokens], [_length(piece) for piece in chunk_slices])
+    else:
+        means = kv_cache.means()
+    assert isinstance(layout.attention, Routed)
     bounds = (*(piece.start for piece in (*chunk_slices, *noisy_keys)), k.shape[2])
-    if isinstance(layout.attention, Routed):
-        routed = [block for block in blocks if len(block.chunks) > layout.attention.read_chunks]
-        if routed:
-            lengths = [piece.stop - piece.start for piece in chunk_slices]
-            means = chunk_means(k[:, :, :new_tokens], lengths) if kv_cache is None else kv_cache.means()
-            return _partly_routed(q, k, v, blocks, routed, means, bounds, layout.attention, kv_cache is None, stash)
-    return _dense(q, k, v, blocks, kv_cache is None, stash)
+    plan = routing_plan(routed, bounds, layout.attention)
+    of_dense, of_routed = (join_neighbours([block.queries for block in part]) for part in (dense, routed))
+    found = [routed_attention(select_tokens(q, of_routed), k, v, means, plan, stash)]
+    if dense:
+        places = consecutive_slices([_length(block.queries) for block in dense])
+        moved = [replace(block, queries=place) for block, place in zip(dense, places)]
+        found.append(_dense(select_tokens(q, of_dense), k, v, moved, together, stash))
+    return restore_order(torch.cat(found, dim=2), (*of_routed, *of_dense))
+
+
+def _split_by_choice(blocks: list[QueryBlock], attention: Attention) -> tuple[list[QueryBlock], list[QueryBlock]]:
+    """(those that read all that they may read, those that choose chunks)."""
+    parts: tuple[list[QueryBlock], list[QueryBlock]] = ([], [])
+    for block in blocks:
+        parts[isinstance(attention, Routed) and len(block.chunks) > attention.read_chunks].append(block)
+    return parts
+
+
+def routing_plan(blocks: list[QueryBlock], bounds: tuple[int, ...], attention: Routed) -> RoutingPlan:
+    """The plan of the query blocks that choose. `bounds`: where each key chunk begins, and where the last one ends."""
+    number = {begin: chunk for chunk, begin in enumerate(bounds)}
+    rows = [RoutedRows(_length(block.queries), len(block.chunks), number[block.own.start]) for block in blocks]
+    return RoutingPlan(tuple(rows), bounds, attention)
+
+
+def _length(piece: slice) -> int:
+    return piece.stop - piece.start
 
 
 def _dense(
@@ -109,27 +138,6 @@ def _dense(
     if together and (kernels := flash_kernels(q)):
         return TwoStreamAttention.apply(q, k, v, blocks, kernels, stash)
     return torch.cat([_plain_block(q, k, v, block) for block in blocks], dim=2)
-
-
-def _partly_routed(
-    q: Tensor, k: Tensor, v: Tensor, blocks: list[QueryBlock], routed: list[QueryBlock], means: Tensor,
-    bounds: tuple[int, ...], attention: Routed, together: bool, stash: dict | None,
-) -> Tensor:  # fmt: skip
-    """The query blocks `routed` choose chunks; the others, which have few earlier chunks, read them all."""
-    dense = [block for block in blocks if block not in routed]
-    pieces = [join_neighbours([block.queries for block in part]) for part in (dense, routed)]
-    found = []
-    if dense:
-        ends = consecutive_slices([block.queries.stop - block.queries.start for block in dense])
-        moved = [replace(block, queries=place) for block, place in zip(dense, ends)]
-        found.append(_dense(select_tokens(q, pieces[0]), k, v, moved, together, stash))
-    rows = [
-        RoutedRows(block.queries.stop - block.queries.start, len(block.chunks), bounds.index(block.own.start))
-        for block in routed
-    ]
-    plan = RoutingPlan(tuple(rows), bounds, attention)
-    found.append(routed_attention(select_tokens(q, pieces[1]), k, v, means, plan, stash))
-    return restore_order(torch.cat(found, dim=2), (*pieces[0], *pieces[1]))
 
 
 def query_blocks(

@@ -63,9 +63,10 @@ def choose_slots(q: Tensor, means: Tensor, plan: RoutingPlan) -> Tensor:
         first, last = attention.sink, rows.earlier - attention.window
         scores = asking @ means[:, :, first:last].transpose(2, 3)
         chosen = first + scores.topk(attention.top_k, dim=3).indices
-        always = [*range(first), *range(last, rows.earlier), rows.own]
-        fixed = torch.tensor(always, device=q.device).expand(*chosen.shape[:3], -1)
-        found.append(torch.cat([chosen, fixed], dim=3).to(dtype))
+        # Made on the device: a copy from the host would wait for it.
+        always = [torch.arange(*ends, device=q.device) for ends in ((0, first), (last, rows.earlier))]
+        always.append(torch.full((1,), rows.own, device=q.device))
+        found.append(torch.cat([chosen, *(part.expand(*chosen.shape[:3], -1) for part in always)], dim=3).to(dtype))
         begin += rows.queries
     return torch.cat(found, dim=2)
 
@@ -146,7 +147,6 @@ def _cpu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
     for head in range(len(k)):
         for queries, keys in _of_head(head, segments):
             rows = [x[queries][None, None] for x in (grad, q, out, log_sums)]
@@ -252,11 +252,8 @@ class RoutedAttention(torch.autograd.Function):
                 out[clip, heads] = merged.view_as(out[clip, heads]).to(q.dtype)
                 log_sums[clip, heads] = total.view_as(log_sums[clip, heads])
             if stash is not None:
-                stash["routing"] = (
-                    out.detach(),
-                    log_sums,
-                    rests,
-                )  # `out` itself will hold the graph, which holds the stash
+                # Detached: `out` will hold the graph, and the graph holds the stash.
+                stash["routing"] = out.detach(), log_sums, rests
         ctx.save_for_backward(q, k, v, out, log_sums, slots)
         ctx.plan, ctx.backward_kernel, ctx.rests = plan, kernels[1], rests
         return out

@@ -2,12 +2,14 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
 from rf_train import config
 from rf_train.evidence import __main__ as command
 from rf_train.evidence.experiments import FILE, Clips, Evidence, Experiment, Plan, chosen, read_evidence, step_flop
+from rf_train.evidence.results import check_same_plan, read_records
 from rf_train.settings import from_plain
 from tests.conftest import write_dataset
 
@@ -113,6 +115,28 @@ def test_the_identity_of_a_run_is_its_settings_wherever_and_on_however_many_rank
     assert plan.identity(arm, 0) == other.identity(arm, 0)
     different = [Plan(plan.evidence, plan.out, quick=True).identity(arm, 0), plan.identity(arm, 1)]
     assert plan.identity(arm, 0) not in [*different, plan.identity(plan.evidence.arm["parallel"], 0)]
+
+
+def test_a_record_stays_of_its_plan_when_a_new_setting_has_its_default(plan):
+    arm = plan.evidence.arm["noise"]
+    record = {"identity": plan.identity(arm, 0)}
+    del record["identity"]["recipe"]["flow"]["guidance"]  # the demo's is 1.0, the default is not
+    with pytest.raises(ValueError, match="was run with other settings"):
+        check_same_plan(plan, arm, 0, record)
+    record = {"identity": plan.identity(arm, 0)}
+    del record["identity"]["recipe"]["optimizer"]["max_skipped"]  # as if the run were older than this setting
+    check_same_plan(plan, arm, 0, record)
+    assert "max_skipped" not in record["identity"]["recipe"]["optimizer"]
+    record["identity"]["recipe"]["optimizer"]["gone"] = 1
+    with pytest.raises(ValueError, match="was run with other settings"):
+        check_same_plan(plan, arm, 0, record)
+
+
+def test_the_committed_results_are_those_of_the_shipped_experiments():
+    shipped = Plan(SHIPPED, Path("runs/evidence"))
+    for name, seeds in read_records(FILE.parent / "results.json").items():
+        for seed, record in seeds.items():
+            check_same_plan(shipped, SHIPPED.arm[name], int(seed), record)
 
 
 def test_data_that_is_not_there_is_one_line(plan, tmp_path, monkeypatch, capsys):

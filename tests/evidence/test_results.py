@@ -11,6 +11,7 @@ from rf_train.evidence import results
 from rf_train.evidence.experiments import Arm, Clips, Evidence, Experiment, Plan
 from rf_train.evidence.results import add_record, locked, read_records, write_page
 
+IDENTITY = {"recipe": {"stages": [{}]}, "start": None, "seed": 0, "clips": ["data", 2]}
 SEGMENTS = [[0.5, 1.0], [1.0, 2.0]]
 EVIDENCE = Evidence(
     arms=(Arm("a", "arm A"), Arm("b", "arm B"), Arm("c", "arm C")),
@@ -21,7 +22,7 @@ EVIDENCE = Evidence(
 
 def record(shape: float, **changes) -> dict:
     return {
-        "identity": "the settings",
+        "identity": IDENTITY,
         "metrics": {"shape_kept": [1.0, shape], "speed": [1.0, None], "frechet": [0.1, 0.2]}, "history": None,
         "segments_seconds": SEGMENTS, "clips": 2, "steps": 10, "tflop": 7.0, "minutes": 1.0,
         "versions": {"torch": "2"}, "training": ["deepspeed", "x"], "evaluation": ["python", "y"], **changes,
@@ -134,7 +135,7 @@ def test_what_is_done_is_not_done_again_and_a_failure_keeps_what_is_done(plan, m
     monkeypatch.setattr(command, "check_data", lambda *_: None)
     monkeypatch.setattr(command, "run_arm", run_arm)
     monkeypatch.setattr(command, "record_of", lambda *_: record(0.5))
-    monkeypatch.setattr(Plan, "identity", lambda self, arm, seed: "the settings")
+    monkeypatch.setattr(Plan, "identity", lambda self, arm, seed: IDENTITY)
     arguments = ["first", "--out", str(plan.out)]
     assert command.main(arguments) == 2 and "the power went" in capsys.readouterr().err
     assert ran == [("a", 0), ("b", 0), ("a", 1)]
@@ -145,5 +146,5 @@ def test_what_is_done_is_not_done_again_and_a_failure_keeps_what_is_done(plan, m
         "a": ["0", "1"], "b": ["0", "1"],
     }  # fmt: skip
     assert results.read_records(plan.out / "none.json") == {}
-    monkeypatch.setattr(Plan, "identity", lambda self, arm, seed: "other settings")
+    monkeypatch.setattr(Plan, "identity", lambda self, arm, seed: {**IDENTITY, "clips": ["data", 3]})
     assert command.main(arguments) == 2 and "a, seed 0, was run with other settings" in capsys.readouterr().err

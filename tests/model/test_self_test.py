@@ -126,11 +126,15 @@ def test_features_that_are_not_finite_are_stopped(tiny_model):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_ties_between_chunks_do_not_stop_a_sound_model_in_bf16(seed):
+def test_ties_between_chunks_do_not_stop_a_sound_model_in_bf16(monkeypatch, seed):
     """Two passes round differently, so near ties fall differently."""
+    where = []
+    noted = lambda *given: (where.append(given[1]), check_equal(*given))
+    monkeypatch.setattr(self_test_module, "check_equal", noted)
     torch.manual_seed(seed)
     settings = tiny_settings(layers=6, dim=64, heads=4, ffn_dim=128, chunk=1, first_chunk=1)
     self_test(CausalWan(settings).bfloat16(), 4, [Routed(1), Routed(5), Routed(5, window=1, sink=1)])
+    assert "(routed attention), chunk 4" in where  # it was compared, and no error was raised
 
 
 def test_routing_is_made_to_choose_in_the_short_probe():
