@@ -88,6 +88,8 @@ class RunSettings:
     sequence_parallel_size: int = 1  # ranks that share each clip; must divide the ranks and the heads
     gather_for_rollout: bool = True  # gather all parameters once per rollout; false: in each pass, to save memory
     precision: str = "auto"  # bf16 | fp32 | auto: bf16 on a GPU, fp32 on a CPU; masters, gradient sums, EMA are fp32
+    compile: bool = False  # fuse norms, modulation, residuals and rotary positions with torch.compile
+    deterministic: bool = False  # on a GPU: kernels that give the same bits every time, where PyTorch has them; slower
     save_every: int = 500  # steps; a checkpoint is also made at the end of each stage
     keep: int = 2  # how many of the newest checkpoints are kept, besides those at the ends of stages
     wandb: str = "offline"  # offline | online | disabled

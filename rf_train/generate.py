@@ -25,7 +25,10 @@ from rf_train.config import Recipe
 from rf_train.data.latent_dataset import check_card
 from rf_train.diffusion.sampling import VideoRequest, sample_chunks
 from rf_train.engine import checkpoint
+from rf_train.engine.devices import gpu_is_usable
+from rf_train.model.attention import use_kernel
 from rf_train.model.chunks import Attention, attention_at_any_length
+from rf_train.model.elementwise import use_compiled
 from rf_train.model.transformer import CausalWan
 
 
@@ -78,7 +81,9 @@ def open_run(run: str | Path, overrides: Sequence[str] = (), step: int = 0, weig
         raise ValueError(f"{run}: not a run, it has no recipe.yaml")
     recipe = config.load(run / "recipe.yaml", overrides)
     folder = checkpoint.at_step(run, step)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if gpu_is_usable() else "cpu")
+    use_compiled(recipe.run.compile)
+    use_kernel(recipe.model.attention_kernel)
     model = CausalWan(recipe.model)
     state = checkpoint.read_weights(folder, weights if recipe.optimizer.ema > 0 else "master")
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

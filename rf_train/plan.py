@@ -27,6 +27,7 @@ from rf_train.diffusion.batch import Batch
 from rf_train.diffusion.randomness import LOSS_DRAWS, make_draws
 from rf_train.engine.checkpoint import TrainingState
 from rf_train.engine.collectives import start_ranks
+from rf_train.engine.devices import gpu_is_usable
 from rf_train.engine.zero import Engine, build_engine
 from rf_train.model.chunks import Routed
 from rf_train.planning.costs import (
@@ -177,7 +178,7 @@ def measure(recipe: Recipe, clips: list[Clip]) -> tuple[list[str], dict]:
     allocated. On a CPU it is the growth of resident memory since before the engine was built. A tiny engine runs first,
     so that all code is loaded by then.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if gpu_is_usable() else "cpu"
     cluster = Cluster(gpus=1, gpus_per_node=1, device=device)
     stages = tuple(replace(stage, batch=recipe.optimizer.micro_batch, warmup=0) for stage in recipe.stages)
     recipe = replace(recipe, stages=stages, run=replace(recipe.run, sequence_parallel_size=1))
@@ -187,7 +188,13 @@ def measure(recipe: Recipe, clips: list[Clip]) -> tuple[list[str], dict]:
             f"{zero.file} offloads to host memory, which on a CPU is the same: there is nothing to measure"
         )
     cases = stage_cases(recipe, clips, cluster, zero)
-    work = json.dumps({"recipe": config.to_dict(recipe), "clips": [dataclasses.astuple(clip) for clip in clips]})
+    work = json.dumps(
+        {
+            "recipe": config.to_dict(recipe),
+            "clips": [dataclasses.astuple(clip) for clip in clips],
+            "kept": [case.kept_blocks for case in cases],
+        }
+    )
     # Freed memory goes back to the system at once, so that the peak is what is in use, not what the allocator keeps.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", "from rf_train.plan import print_measured_peaks; print_measured_peaks()"]
@@ -229,7 +236,10 @@ def print_measured_peaks() -> None:
     before = resident_bytes()
     engine = build_engine(recipe, ranks)
     state = TrainingState(engine, recipe.optimizer.ema)
-    peaks = [peak_of_steps(engine, state, recipe, stage, clip) - before for stage, clip in zip(recipe.stages, clips)]
+    peaks = []
+    for stage, clip, kept in zip(recipe.stages, clips, work["kept"]):
+        engine.model.kept_blocks = kept
+        peaks.append(peak_of_steps(engine, state, recipe, stage, clip) - before)
     print(json.dumps(peaks), flush=True)
     os._exit(0)  # as rf_train.train does
 

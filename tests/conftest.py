@@ -1,4 +1,4 @@
-"""Shared pieces: a tiny model whose every weight matters, clips to feed it, and datasets to read."""
+"""Shared pieces: the devices, a tiny model whose every weight matters, clips to feed it, and datasets to read."""
 
 import os
 from dataclasses import replace
@@ -23,6 +23,40 @@ from rf_train.model.transformer import CausalWan
 from rf_train.settings import to_plain
 
 torch.set_num_threads(2)
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else commands refuse a machine whose GPUs PyTorch can't use
+
+CPU = torch.device("cpu")
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Every device that there is. On a GPU fp32 is fp32, not TF32, and convolutions give the same bits each time."""
+    cublas, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    wanted = [(cublas, "allow_tf32", False), (cudnn, "allow_tf32", False), (cudnn, "deterministic", True)]
+    before = [(place, name, getattr(place, name)) for place, name, _ in wanted]
+    for place, name, value in wanted:
+        setattr(place, name, value)
+    yield torch.device(request.param)
+    for place, name, value in before:
+        setattr(place, name, value)
+
+
+def kernel_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which attention runs in the device's own kernels: those of a GPU take no fp32."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def tolerance(device: torch.device, on_cpu: float) -> float:
+    """How far two fp32 results may differ. A GPU adds in another order for another shape."""
+    return on_cpu if device.type == "cpu" else max(10 * on_cpu, 1e-4)
+
+
+def assert_close(found: Tensor, expected: Tensor, rtol: float = 1.3e-6, atol: float = 1e-5) -> None:
+    """PyTorch's own, for fp32, with `tolerance` on a GPU."""
+    rtol, atol = (tolerance(found.device, allowed) for allowed in (rtol, atol))
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
 
 
 def tiny_settings(**changes) -> ModelSettings:
@@ -61,17 +95,18 @@ def tiny_wan(seed: int = 3):
 
 @pytest.fixture
 def tiny_model():
-    def build(**changes) -> CausalWan:
+    def build(device: torch.device = CPU, **changes) -> CausalWan:
         model = CausalWan(tiny_settings(**changes))
         randomise(model)
-        return model.eval()
+        return model.eval().to(device)
 
     return build
 
 
 def random_clip(
-    frames: int, batch: int = 1, settings: ModelSettings | None = None, height: int = 4, width: int = 6, seed: int = 1
-) -> tuple[Tensor, Tensor, Tensor]:
+    frames: int, batch: int = 1, settings: ModelSettings | None = None, height: int = 4, width: int = 6, seed: int = 1,
+    device: torch.device = CPU,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(x, t per frame, text): random latents, a level for every chunk, and captions of different length."""
     settings = settings or tiny_settings()
     stream = torch.Generator().manual_seed(seed)
@@ -82,7 +117,7 @@ def random_clip(
     for row in range(batch):
         length = 1 + row % settings.text_len
         text[row, :length] = torch.randn(length, settings.text_dim, generator=stream)
-    return x, t, text
+    return x.to(device), t.to(device), text.to(device)
 
 
 def every_draw() -> dict:
@@ -94,12 +129,14 @@ def every_draw() -> dict:
 
 
 def random_batch(
-    settings: ModelSettings, frames: int, clips: int = 2, height: int = 4, width: int = 6, step: int = 3
-) -> Batch:
+    settings: ModelSettings, frames: int, clips: int = 2, height: int = 4, width: int = 6, step: int = 3,
+    device: torch.device = CPU,
+) -> Batch:  # fmt: skip
     """A micro-batch of random clips with the random numbers of every history."""
     x, _, text = random_clip(frames, clips, settings, height, width)
     ids, sizes = [f"s{i}" for i in range(clips)], settings.chunking.sizes(frames)
-    return Batch(ids, x, text, make_draws(every_draw(), 0, step, ids, tuple(x.shape[1:]), len(sizes)), sizes)
+    draws = make_draws(every_draw(), 0, step, ids, tuple(x.shape[1:]), len(sizes))
+    return Batch(ids, x, text, draws, sizes).to(device)
 
 
 def write_dataset(

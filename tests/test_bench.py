@@ -3,10 +3,19 @@
 import contextlib
 import io
 import json
+import os
+from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from rf_train import bench
+from rf_train.bench_gpu import relative
+from rf_train.bench_self_forcing import build_their_model, import_their_model, masked_attention
+from rf_train.model.chunks import Dense
+from rf_train.model.settings import ModelSettings
+from rf_train.model.transformer import CausalWan
 from tests.distributed import PROJECT, run_distributed
 
 
@@ -41,3 +50,42 @@ def test_gathering_once_or_in_every_pass_gives_the_same_losses():
     figures = json.loads(out.splitlines()[-1])
     assert figures["ranks"] == 1 and figures["rollout_gathered_per_pass_over_once"] > 0
     assert figures["largest_difference_of_loss"] < 1e-6
+
+
+needs_self_forcing = pytest.mark.skipif(
+    "RF_SELF_FORCING" not in os.environ, reason="RF_SELF_FORCING is no folder with a copy of Self-Forcing's repository"
+)
+
+
+@needs_self_forcing
+def test_self_forcings_model_with_our_weights_gives_our_velocities_and_gradients(monkeypatch):
+    """In fp32, with random biases and norms. Their last clean chunk is read by nobody."""
+    torch.manual_seed(0)
+    sizes = {"dim": 64, "ffn_dim": 128, "heads": 2, "layers": 3, "text_dim": 16, "text_len": 8, "freq_dim": 32}
+    ours = CausalWan(ModelSettings(**sizes, checkpointing="none"))
+    for name, parameter in ours.named_parameters():
+        if parameter.dim() == 1 or name == "proj_out.weight":
+            nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.3)
+    module = import_their_model(Path(os.environ["RF_SELF_FORCING"]))
+    monkeypatch.setattr(module, "flex_attention", masked_attention)
+    theirs = build_their_model(module, ours)
+    noisy, clean, grad = (torch.randn(2, 16, 9, 4, 4) for _ in range(3))
+    t, text = torch.rand(2, 9), torch.randn(2, 8, 16)
+    one = ours(noisy=noisy, t=t, history=clean[:, :, :6], text=text, attention=Dense())
+    other = theirs(noisy, t=1000 * t.double(), context=text, seq_len=36, clean_x=clean)
+    assert relative(one, other) < 1e-5
+    one.backward(grad)
+    other.backward(grad)
+    pairs = [(ours.blocks[0].attn1.to_k.weight, theirs.blocks[0].self_attn.k.weight)]
+    pairs += [(ours.patch_embedding.weight, theirs.patch_embedding.weight)]
+    pairs += [(ours.blocks[1].scale_shift_table, theirs.blocks[1].modulation)]
+    assert all(relative(a.grad, b.grad) < 1e-4 for a, b in pairs)
+
+
+@needs_self_forcing
+def test_self_forcings_step_is_timed(tmp_path):
+    out = bench_on_this_rank(
+        ["gpu", "--self-forcing", os.environ["RF_SELF_FORCING"], "--part", "Self-Forcing", "--out", str(tmp_path)]
+    )
+    figures = json.loads(out.splitlines()[-1])["Self-Forcing's step"]
+    assert figures["seconds"] > 0 and figures["relative_difference"] < 1e-5

@@ -16,7 +16,9 @@ from rf_train.config import Recipe
 from rf_train.engine.collectives import Ranks, RunError
 from rf_train.engine.deepspeed_json import complete_settings
 from rf_train.engine.sequence_parallel import Ulysses
+from rf_train.model.attention import use_kernel
 from rf_train.model.chunks import Attention
+from rf_train.model.elementwise import use_compiled
 from rf_train.model.kv_cache import KVCache
 from rf_train.model.transformer import Block, CausalWan, VelocityModel
 
@@ -242,6 +244,8 @@ def build_engine(recipe: Recipe, ranks: Ranks) -> Engine:
 
     settings = complete_settings(recipe, ranks.device.type, ranks.world_size)
     zero = settings["zero_optimization"]
+    use_compiled(recipe.run.compile)
+    use_kernel(recipe.model.attention_kernel)
     torch.manual_seed(recipe.run.seed)
     if zero["stage"] == 3:
         with deepspeed.zero.Init(config_dict_or_path=settings):

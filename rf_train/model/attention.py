@@ -11,6 +11,7 @@ width.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rf_train.model.chunks import Attention, Chunk, Routed
+from rf_train.model.elementwise import merge_part
 from rf_train.model.kv_cache import LayerKVCache, chunk_means, consecutive_slices
 from rf_train.model.routing import RoutedRows, RoutingPlan, routed_attention
 
@@ -36,6 +38,7 @@ class PassLayout:
     noisy: tuple[Chunk, ...]
     attention: Attention
     noisy_queries_only: bool = False
+    kernel: str = "auto"  # see `flash_kernels`
 
     @property
     def history_tokens(self) -> int:
@@ -95,7 +98,7 @@ def two_stream_attention(
     dense, routed = _split_by_choice(blocks, layout.attention)
     together = kv_cache is None
     if not routed:
-        return _dense(q, k, v, blocks, together, stash)
+        return _dense(q, k, v, blocks, layout.kernel, together, stash)
     if kv_cache is None:
         means = chunk_means(k[:, :, :new_tokens], [_length(piece) for piece in chunk_slices])
     else:
@@ -108,7 +111,7 @@ def two_stream_attention(
     if dense:
         places = consecutive_slices([_length(block.queries) for block in dense])
         moved = [replace(block, queries=place) for block, place in zip(dense, places)]
-        found.append(_dense(select_tokens(q, of_dense), k, v, moved, together, stash))
+        found.append(_dense(select_tokens(q, of_dense), k, v, moved, layout.kernel, together, stash))
     return restore_order(torch.cat(found, dim=2), (*of_routed, *of_dense))
 
 
@@ -132,12 +135,13 @@ def _length(piece: slice) -> int:
 
 
 def _dense(
-    q: Tensor, k: Tensor, v: Tensor, blocks: list[QueryBlock], together: bool, stash: dict | None
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, blocks: list[QueryBlock], kernel: str, together: bool, stash: dict | None
+) -> Tensor:
     """Every query block reads all that it may read: together in few kernel calls, or one by one."""
-    if together and (kernels := flash_kernels(q)):
+    kernels = flash_kernels(q, kernel)
+    if kernels and together:
         return TwoStreamAttention.apply(q, k, v, blocks, kernels, stash)
-    return torch.cat([_plain_block(q, k, v, block) for block in blocks], dim=2)
+    return torch.cat([_plain_block(q, k, v, block, kernels) for block in blocks], dim=2)
 
 
 def query_blocks(
@@ -181,27 +185,36 @@ def restore_order(x: Tensor, pieces: tuple[slice, ...]) -> Tensor:
     return select_tokens(x, tuple(now for _, now in sorted(zip(pieces, slices), key=lambda pair: pair[0].start)))
 
 
-def _plain_block(q: Tensor, k: Tensor, v: Tensor, block: QueryBlock) -> Tensor:
-    """One query block by `scaled_dot_product_attention`."""
-    k, v = select_tokens(k, block.keys), select_tokens(v, block.keys)
-    return F.scaled_dot_product_attention(q[:, :, block.queries], k, v)
+def _plain_block(q: Tensor, k: Tensor, v: Tensor, block: QueryBlock, kernels: Kernels | None) -> Tensor:
+    """One query block by itself."""
+    q, k, v = q[:, :, block.queries], select_tokens(k, block.keys), select_tokens(v, block.keys)
+    if kernels is None or torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v)
+    return kernels[0](q, k, v)[0]
 
 
 # ---- all query blocks of a pass in few calls of the flash kernel
 
 
-def flash_kernels(q: Tensor) -> Kernels | None:
-    """(forward, backward) of the device's flash kernel, the one under `scaled_dot_product_attention`.
+def flash_kernels(q: Tensor, kernel: str = "auto") -> Kernels | None:
+    """(forward, backward) of the device's kernel named `kernel`; "auto" is the fastest that we know for the device.
 
     forward(q, k, v) -> (out, log-sum-exps [B, H, L] in fp32, the rest that backward needs);
     backward(grad, q, k, v, out, log-sum-exps, the rest) -> gradients of q, k and v.
-    None if the kernel can't take q's device, dtype or head width.
+    None if no kernel can take q's device, dtype or head width. On a CPU there is one kernel.
     """
     if q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16, torch.float16):
         return _cpu_forward, _cpu_backward
     if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:
-        return _cuda_forward, _cuda_backward
+        return CUDA_KERNELS[_best_on_cuda(q.device, q.shape[-1]) if kernel == "auto" else kernel]
     return None
+
+
+@lru_cache
+def _best_on_cuda(device: torch.device, head_dim: int) -> str:
+    """cuDNN's kernel is the faster one from Hopper on, for the head widths that it was made for."""
+    hopper = torch.cuda.get_device_capability(device) >= (9, 0)
+    return "cudnn" if hopper and head_dim in (64, 128) and torch.backends.cudnn.is_available() else "fa2"
 
 
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple]:
@@ -216,18 +229,56 @@ def _cpu_backward(
     return backward(grad, q, k, v, out, log_sums, 0.0, False)
 
 
-def _cuda_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple]:
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple]:
+    """FlashAttention-2, or -3 once `use_flash_attention_3` has registered it in its place."""
     out, log_sums, *rest, _ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
     return out, log_sums, tuple(rest)
 
 
-def _cuda_backward(
+def _flash_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, rest: tuple
 ) -> tuple[Tensor, Tensor, Tensor]:
     cum_q, cum_k, max_q, max_k, seed, offset = rest
     log_sums = log_sums.contiguous()  # this kernel assumes contiguous memory
     backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
     return backward(grad, q, k, v, out, log_sums, cum_q, cum_k, max_q, max_k, 0.0, False, seed, offset)
+
+
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple]:
+    out, log_sums, *rest, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
+    return out, log_sums.reshape(q.shape[:3]), tuple(rest)
+
+
+def _cudnn_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, rest: tuple
+) -> tuple[Tensor, Tensor, Tensor]:
+    cum_q, cum_k, max_q, max_k, seed, offset = rest
+    log_sums = log_sums.contiguous()[..., None]
+    backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+    return backward(grad, q, k, v, out, log_sums, seed, offset, None, cum_q, cum_k, max_q, max_k, 0.0, False)
+
+
+CUDA_KERNELS: dict[str, Kernels] = {
+    "fa2": (_flash_forward, _flash_backward),
+    "cudnn": (_cudnn_forward, _cudnn_backward),
+    "fa3": (_flash_forward, _flash_backward),
+}
+
+
+def use_kernel(kernel: str) -> None:
+    """Prepares the process for an attention kernel. Raises ValueError where it isn't installed.
+
+    FlashAttention-3 is a package of its own. PyTorch registers it in the place of FlashAttention-2, routing included.
+    """
+    if kernel != "fa3":
+        return
+    try:
+        from torch.nn.attention import activate_flash_attention_impl
+
+        activate_flash_attention_impl("FA3")
+    except (ImportError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model.attention_kernel=fa3: FlashAttention-3 can't be used: {reason}") from None
 
 
 def kernel_calls(blocks: list[QueryBlock]) -> tuple[tuple[slice, ...], list[tuple[slice, slice]]]:
@@ -282,9 +333,7 @@ def merged_attention(
     rests = []
     for queries, keys in calls:
         part, part_sums, rest = forward(q[:, :, queries], k[:, :, keys], v[:, :, keys])
-        share = torch.sigmoid(part_sums - log_sums[:, :, queries])
-        out[:, :, queries].lerp_(part.float(), share[..., None])
-        log_sums[:, :, queries] = torch.logaddexp(log_sums[:, :, queries], part_sums)
+        merge_part(out[:, :, queries], log_sums[:, :, queries], part, part_sums)
         rests.append(rest)
     return out.to(q.dtype), log_sums, rests
 

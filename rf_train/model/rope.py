@@ -20,9 +20,9 @@ def axis_widths(head_dim: int) -> tuple[int, int, int]:
 
 @lru_cache(maxsize=256)
 def rotary_table(first: int, frames: int, height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
-    """The rotations, as unit complex numbers, of the tokens of latent frames first .. first + frames - 1.
+    """The rotations of the tokens of latent frames first .. first + frames - 1, as (cosine, sine).
 
-    `height` and `width` count tokens. Returns complex64 [frames * height * width, head_dim / 2].
+    `height` and `width` count tokens. Returns fp32 [frames * height * width, head_dim / 2, 2].
     """
     positions = (np.arange(first, first + frames), np.arange(height), np.arange(width))
     angles = []
@@ -33,13 +33,18 @@ def rotary_table(first: int, frames: int, height: int, width: int, head_dim: int
         angle = np.outer(position.astype(np.float64), frequency).reshape(shape)
         angles.append(np.broadcast_to(angle, (frames, height, width, len(frequency))))
     angle = np.concatenate(angles, axis=-1).reshape(frames * height * width, head_dim // 2)
-    return torch.from_numpy(np.exp(1j * angle).astype(np.complex64)).to(device)
+    return torch.from_numpy(np.stack([np.cos(angle), np.sin(angle)], axis=-1).astype(np.float32)).to(device)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Rotates neighbouring pairs of channels, each pair as one complex number, in fp32.
 
-    x [B, L, H, D]; table [L, D / 2]. Returns x's shape and dtype.
+    x [B, L, H, D]; table [L, D / 2, 2], see `rotary_table`. Returns x's shape and dtype.
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table[:, None]).flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # the compiler has no complex numbers
+        (real, imaginary), (cosine, sine) = pairs.unbind(-1), table[:, None].unbind(-1)
+        turned = torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table)[:, None])
+    return turned.flatten(-2).to(x.dtype)

@@ -11,6 +11,7 @@ n slots of a query: the chunks that it reads.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -156,14 +157,17 @@ def _cpu_backward(
     return dq, dk, dv
 
 
+@lru_cache(maxsize=64)
+def _key_begins(heads: int, bounds: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32: where the keys of each sequence begin, head after head. Kept, because a copy from the host waits."""
+    begins = torch.tensor(bounds[:-1], dtype=torch.int32) + bounds[-1] * torch.arange(heads, dtype=torch.int32)[:, None]
+    return F.pad(begins.flatten(), (0, 1), value=heads * bounds[-1]).to(device)
+
+
 def _cuda_lengths(k: Tensor, segments: Segments) -> tuple[Tensor, Tensor, int, int]:
     """What FlashAttention's variable-length kernels want: begins of queries and of keys, and the longest of both."""
-    heads, keys = k.shape[:2]
-    bounds = torch.tensor(segments.bounds, dtype=torch.int32)
-    begins = (bounds[:-1] + keys * torch.arange(heads, dtype=torch.int32)[:, None]).flatten()
-    begins = F.pad(begins, (0, 1), value=heads * keys)
     longest = max(end - begin for begin, end in pairwise(segments.bounds))
-    return segments.begins, begins.to(k.device, non_blocking=True), segments.longest, longest
+    return segments.begins, _key_begins(len(k), segments.bounds, k.device), segments.longest, longest
 
 
 def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor, tuple]:

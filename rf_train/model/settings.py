@@ -6,7 +6,8 @@ from data_prep.geometry import PATCH
 from rf_train.model.chunks import Chunking
 from rf_train.settings import require, require_at_least, require_positive
 
-CHECKPOINTINGS = ("none", "block", "selective")
+CHECKPOINTINGS = ("none", "block", "selective", "auto")
+KERNELS = ("auto", "fa2", "cudnn", "fa3")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,10 @@ class ModelSettings:
     chunk: int = 3  # latent frames of a chunk
     first_chunk: int = 3  # latent frames of the first chunk; 1 lets a single image start a video
     eps: float = 1e-6
-    checkpointing: str = "block"  # what backward recomputes: block | selective (a block except self-attention) | none
+    attention_kernel: str = "auto"  # on GPUs: fa2 | cudnn | fa3 (a package of its own) | auto: the fastest we know
+    # What backward recomputes: block | selective (a block except self-attention) | none | auto (selective, and nothing
+    # in as many blocks as the memory planned for allows).
+    checkpointing: str = "block"
 
     def validate(self) -> None:
         sizes = ("dim", "ffn_dim", "heads", "layers", "channels", "text_dim", "text_len", "freq_dim", "patch", "chunk")
@@ -40,6 +44,10 @@ class ModelSettings:
         require(
             self.checkpointing in CHECKPOINTINGS,
             f"model.checkpointing={self.checkpointing!r}: choose one of {', '.join(CHECKPOINTINGS)}",
+        )
+        require(
+            self.attention_kernel in KERNELS,
+            f"model.attention_kernel={self.attention_kernel!r}: choose one of {', '.join(KERNELS)}",
         )
         require(self.freq_dim % 2 == 0, f"model.freq_dim={self.freq_dim} must be even")
 

@@ -6,7 +6,7 @@ Sizes: B batch, F latent frames, P tokens of a latent frame, L = F P tokens, D w
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Protocol
 
 import torch
@@ -17,8 +17,16 @@ from torch.utils.checkpoint import checkpoint
 
 from rf_train.model.attention import PassLayout, two_stream_attention
 from rf_train.model.chunks import Attention, Chunk, Chunking, Window
+from rf_train.model.elementwise import (
+    gated_sum,
+    gated_sum_and_norm,
+    modulated_norm,
+    rms_norm,
+    rms_norm_and_rotate,
+    sum_and_modulated_norm,
+)
 from rf_train.model.kv_cache import KVCache, LayerKVCache
-from rf_train.model.rope import rotary_table, rotate
+from rf_train.model.rope import rotary_table
 from rf_train.model.settings import ModelSettings
 
 
@@ -60,7 +68,7 @@ class PassContext:
     """What all blocks of a pass share besides their input. Tokens are those of this rank, except in `layout`."""
 
     layout: PassLayout  # all tokens of the clips: attention sees them all
-    rotary: Tensor  # [L, head_dim / 2] complex
+    rotary: Tensor  # [L, head_dim / 2, 2]
     history_frames: int
     tokens_per_frame: int
     sequence_parallel: SequenceParallel | None
@@ -76,11 +84,12 @@ class PassContext:
 class Linear(nn.Linear):
     """A linear layer with Wan's initial weights: Xavier-uniform, or normal with `std` (0: all zero). The bias is 0.
 
-    Weights are set where the layer is built, because `zero.Init` partitions them as soon as `__init__` is over.
+    Weights are set where the layer is built, because `zero.Init` partitions them as soon as `__init__` is over. With
+    `fp32` it computes in fp32, whatever its weights are.
     """
 
-    def __init__(self, width_in: int, width_out: int, std: float | None = None):
-        self.std = std
+    def __init__(self, width_in: int, width_out: int, std: float | None = None, fp32: bool = False):
+        self.std, self.fp32 = std, fp32
         super().__init__(width_in, width_out)
 
     def reset_parameters(self) -> None:
@@ -90,13 +99,19 @@ class Linear(nn.Linear):
             nn.init.normal_(self.weight, std=self.std)
         nn.init.zeros_(self.bias)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., width_in] -> [..., width_out]."""
+        weight, bias = (self.weight.float(), self.bias.float()) if self.fp32 else (self.weight, self.bias)
+        # ZeRO-3's own linear function adds the bias in a second pass unless its input has two dimensions.
+        return F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+
 
 class Projections(nn.Module):
     """What self- and cross-attention share: the projections, and RMS norm on q and k over the full width."""
 
     def __init__(self, dim: int, heads: int, eps: float):
         super().__init__()
-        self.heads = heads
+        self.heads, self.eps = heads, eps
         self.to_q, self.to_k, self.to_v = Linear(dim, dim), Linear(dim, dim), Linear(dim, dim)
         self.to_out = nn.ModuleList([Linear(dim, dim)])
         self.norm_q, self.norm_k = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
@@ -108,11 +123,10 @@ class SelfAttention(Projections):
     def forward(self, x: Tensor, context: PassContext, kv_cache: LayerKVCache | None, stash: dict | None) -> Tensor:
         """x [B, L, D], history tokens first. Returns [B, L, D]; in the last block, only the noisy tokens."""
         skipped = context.history_tokens if context.layout.noisy_queries_only else 0
-        split_heads = "b l (h d) -> b l h d"
-        q = rearrange(self.norm_q(self.to_q(x[:, skipped:])), split_heads, h=self.heads)
-        k = rearrange(self.norm_k(self.to_k(x)), split_heads, h=self.heads)
-        v = rearrange(self.to_v(x), split_heads, h=self.heads)
-        q, k = rotate(q, context.rotary[skipped:]), rotate(k, context.rotary)
+        norm_q, norm_k, rotary = self.norm_q, self.norm_k, context.rotary
+        q = rms_norm_and_rotate(self.to_q(x[:, skipped:]), norm_q.weight, rotary[skipped:], self.heads, self.eps)
+        k = rms_norm_and_rotate(self.to_k(x), norm_k.weight, rotary, self.heads, self.eps)
+        v = rearrange(self.to_v(x), "b l (h d) -> b l h d", h=self.heads)
 
         def attend(*qkv: Tensor) -> Tensor:
             q, k, v = (y.transpose(1, 2) for y in qkv)
@@ -128,11 +142,11 @@ class CrossAttention(Projections):
 
     def forward(self, x: Tensor, text: Tensor, kv_cache: LayerKVCache | None) -> Tensor:
         """x [B, L, D], text [B, text_len, D]. Returns [B, L, D]. With a cache, keys and values are computed once."""
-        q = rearrange(self.norm_q(self.to_q(x)), "b l (h d) -> b h l d", h=self.heads)
+        q = rearrange(rms_norm(self.to_q(x), self.norm_q.weight, self.eps), "b l (h d) -> b h l d", h=self.heads)
         if kv_cache is not None and kv_cache.text is not None:
             k, v = kv_cache.text
         else:
-            k = rearrange(self.norm_k(self.to_k(text)), "b l (h d) -> b h l d", h=self.heads)
+            k = rearrange(rms_norm(self.to_k(text), self.norm_k.weight, self.eps), "b l (h d) -> b h l d", h=self.heads)
             v = rearrange(self.to_v(text), "b l (h d) -> b h l d", h=self.heads)
             if kv_cache is not None:
                 kv_cache.text = (k, v)
@@ -162,11 +176,6 @@ class FeedForward(nn.Module):
         return self.net[2](self.net[0](x))
 
 
-def layer_norm(x: Tensor, eps: float) -> Tensor:
-    """Layer norm without weights, in fp32."""
-    return F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-
-
 class Block(nn.Module):
     """Self-attention of both streams, cross-attention to the caption, feed-forward; modulated by the noise level."""
 
@@ -194,40 +203,51 @@ class Block(nn.Module):
         """
         table = (self.scale_shift_table.float() + modulation).unsqueeze(3)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.unbind(2)  # (B, F, 1, D) each
-        y = torch.addcmul(shift, layer_norm(x, self.eps), 1 + scale).to(x.dtype)
+        y = modulated_norm(x, shift, scale, self.eps)
         y = self.attn1(y.flatten(1, 2), context, kv_cache, stash)
         if context.layout.noisy_queries_only:
             skipped = context.history_frames
             x, gate, ffn_shift, ffn_scale, ffn_gate = (
                 part[:, skipped:] for part in (x, gate, ffn_shift, ffn_scale, ffn_gate)
             )
-        x = torch.addcmul(x.float(), y.float().unflatten(1, x.shape[1:3]), gate).to(x.dtype)
-        x = x + self.attn2(self.norm2(x).flatten(1, 2), text, kv_cache).unflatten(1, x.shape[1:3])
-        y = torch.addcmul(ffn_shift, layer_norm(x, self.eps), 1 + ffn_scale).to(x.dtype)
-        return torch.addcmul(x.float(), self.ffn(y.flatten(1, 2)).float().view_as(x), ffn_gate).to(x.dtype)
+        frames = x.shape[1:3]
+        x, y = gated_sum_and_norm(x, y.unflatten(1, frames), gate, self.norm2.weight, self.norm2.bias, self.eps)
+        y = self.attn2(y.flatten(1, 2), text, kv_cache)
+        x, y = sum_and_modulated_norm(x, y.unflatten(1, frames), ffn_shift, ffn_scale, self.eps)
+        return gated_sum(x, self.ffn(y.flatten(1, 2)).unflatten(1, frames), ffn_gate)
 
 
 class TwoLinears(nn.Module):
     """Linear, activation, linear; named as diffusers names them (`linear_1`, `linear_2`)."""
 
-    def __init__(self, width: int, dim: int):
+    def __init__(self, width: int, dim: int, fp32: bool = False):
         super().__init__()
-        self.linear_1 = Linear(width, dim, std=0.02)
-        self.linear_2 = Linear(dim, dim, std=0.02)
+        self.linear_1 = Linear(width, dim, std=0.02, fp32=fp32)
+        self.linear_2 = Linear(dim, dim, std=0.02, fp32=fp32)
 
     def forward(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
         return self.linear_2(activation(self.linear_1(x)))
 
 
+@lru_cache
+def time_frequencies(width: int, device: torch.device) -> Tensor:
+    """The frequencies of the sinusoidal time embedding: fp64 [width / 2], from 1 down to 1 / 10000."""
+    return 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64, device=device) / (width // 2))
+
+
 class ConditionEmbedder(nn.Module):
-    """Embeds the noise level and the caption for the blocks; named as diffusers' `condition_embedder`."""
+    """Embeds the noise level and the caption for the blocks; named as diffusers' `condition_embedder`.
+
+    The noise level's sinusoid is in fp64, and its embedding in fp32, whatever the weights are.
+    """
 
     def __init__(self, settings: ModelSettings):
         super().__init__()
         dim = settings.dim
         self.freq_dim = settings.freq_dim
         # What a seed gives depends on the order in which layers are built, and on the order of the attributes.
-        time_embedder, time_proj = TwoLinears(settings.freq_dim, dim), Linear(dim, 6 * dim)
+        time_embedder = TwoLinears(settings.freq_dim, dim, fp32=True)
+        time_proj = Linear(dim, 6 * dim, fp32=True)
         self.time_embedder, self.text_embedder = time_embedder, TwoLinears(settings.text_dim, dim)
         self.time_proj = time_proj
 
@@ -237,15 +257,12 @@ class ConditionEmbedder(nn.Module):
         Returns time [B, F, D] and modulation [B, F, 6, D], both fp32, and text [B, text_len, D].
         """
         dtype = self.time_proj.weight.dtype
-        half = self.freq_dim // 2
-        base = torch.log(torch.tensor(10000.0, dtype=torch.float64))
-        frequency = torch.exp(-base * torch.arange(half, dtype=torch.float64) / half).to(t.device, torch.float32)
-        angle = 1000 * t.float()[..., None] * frequency
-        wave = torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype)
+        angle = 1000 * t.double()[..., None] * time_frequencies(self.freq_dim, t.device)
+        wave = torch.cat([angle.cos(), angle.sin()], dim=-1).float()
         time = self.time_embedder(wave, F.silu)
         modulation = self.time_proj(F.silu(time)).unflatten(-1, (6, -1))
         text = self.text_embedder(text.to(dtype), partial(F.gelu, approximate="tanh"))
-        return time.float(), modulation.float(), text
+        return time, modulation, text
 
 
 class CausalWan(nn.Module):
@@ -255,6 +272,7 @@ class CausalWan(nn.Module):
     """
 
     sequence_parallel: SequenceParallel | None = None
+    kept_blocks: int = 0  # with checkpointing auto: the last blocks, which recompute nothing in backward
 
     def __init__(self, settings: ModelSettings):
         super().__init__()
@@ -307,17 +325,23 @@ class CausalWan(nn.Module):
             table = self.sequence_parallel.split_tokens(table.unflatten(0, (-1, tokens)), 1).flatten(0, 1)
         history_chunks, noisy_chunks = (tuple(Chunk(c.index, c.length * tokens) for c in stream) for stream in streams)
         history_frames = 0 if history is None else history.shape[2]
-        layout = PassLayout(history_chunks, noisy_chunks, attention)
+        layout = PassLayout(history_chunks, noisy_chunks, attention, kernel=self.settings.attention_kernel)
         context = PassContext(layout, table, history_frames, x.shape[2], self.sequence_parallel)
 
         time, modulation, text = self.condition_embedder(torch.cat(levels, dim=1), text)
-        recompute = self.settings.checkpointing != "none" and torch.is_grad_enabled() and kv_cache is None
+        checkpointing, recomputed = self.settings.checkpointing, len(self.blocks)
+        if checkpointing == "none" or kv_cache is not None or not torch.is_grad_enabled():
+            recomputed = 0
+        elif checkpointing == "auto":
+            recomputed -= self.kept_blocks
         for position, block in enumerate(self.blocks):
             if position == len(self.blocks) - 1:
                 context = context.of_last_block()
-            if recompute:
-                stash: dict | None = {} if self.settings.checkpointing == "selective" else None
-                x = checkpoint(block, x, modulation, text, context, stash=stash, use_reentrant=False)
+            if position < recomputed:
+                stash: dict | None = None if checkpointing == "block" else {}
+                x = checkpoint(
+                    block, x, modulation, text, context, stash=stash, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 layer_cache = kv_cache.layers[position] if kv_cache is not None else None
                 x = block(x, modulation, text, context, kv_cache=layer_cache)
@@ -326,7 +350,7 @@ class CausalWan(nn.Module):
         if noisy is None:
             return None
         shift, scale = (self.scale_shift_table.float() + time[:, history_frames:, None]).unsqueeze(3).unbind(2)
-        x = torch.addcmul(shift, layer_norm(x, self.settings.eps), 1 + scale).to(x.dtype)
+        x = modulated_norm(x, shift, scale, self.settings.eps)
         p, out = self.settings.patch, self.proj_out(x)
         if self.sequence_parallel is not None:
             out = self.sequence_parallel.all_gather_tokens(out, 2)

@@ -133,6 +133,7 @@ class StageCase:
     clip: Clip
     zero: ZeroSettings
     cluster: Cluster
+    kept_blocks: int = 0  # with checkpointing auto: the last blocks, which recompute nothing in backward
 
     def validate(self) -> None:
         """Raises ValueError when this can't run, however much memory there is."""
@@ -332,9 +333,11 @@ def flop(case: StageCase) -> dict[str, float]:
     backward = forward["first"] + 2 * (forward["ends"] + forward["linear"])
     backward += 2.5 * (forward["cross"] + forward["attention"])
     whole_block = forward["linear"] + forward["cross"] + forward["attention"]
-    recomputed = {"none": 0.0, "block": whole_block, "selective": forward["linear"] + forward["cross"]}[
-        case.recipe.model.checkpointing
-    ]
+    all_but_attention = forward["linear"] + forward["cross"]
+    share = 1 - case.kept_blocks / case.recipe.model.layers
+    recomputed = {
+        "none": 0.0, "block": whole_block, "selective": all_but_attention, "auto": share * all_but_attention
+    }[case.recipe.model.checkpointing]  # fmt: skip
     rollout = sum(
         sum(pass_flop(case, model_pass, captions=makes_captions(case.rollout_passes, position)).values())
         for position, model_pass in enumerate(case.rollout_passes)
@@ -429,15 +432,16 @@ def step_traffic(case: StageCase) -> StepTraffic:
 def all_to_all(case: StageCase) -> Traffic:
     """What a GPU receives for Ulysses (Jacobs et al., section 3.2).
 
-    With R ranks per clip, a rank sends (R - 1) / R of the q, k, v and output of its tokens in each block's forward, and
-    as much in its backward.
+    With R ranks per clip, a rank sends (R - 1) / R of the q, k, v and output of its tokens in each block's forward, as
+    much in its backward, and again where it is recomputed.
     """
     model, ranks = case.recipe.model, case.sequence_ranks
     if ranks == 1:
         return Traffic(0.0, 0.0)
     both, noisy = case.tokens(case.training_pass.frames), case.tokens(case.clip.frames)
     once = 4 * both * (model.layers - 1) + 2 * (both + noisy)
-    tokens: float = once * (2 if model.checkpointing == "none" else 3)
+    recomputed = {"none": 0.0, "auto": 1 - case.kept_blocks / model.layers}.get(model.checkpointing, 1.0)
+    tokens: float = once * (2 + recomputed)
     tokens += 4 * model.layers * case.tokens(sum(p.frames for p in case.rollout_passes)) * case.rollout_probability
     total = case.micro_steps * case.value_bytes * model.dim * tokens
     near = min(ranks, case.cluster.gpus_per_node)
@@ -459,5 +463,9 @@ def times(case: StageCase) -> dict[str, float]:
 
 
 def seconds(case: StageCase) -> float:
-    """The least time of a step."""
-    return max(times(case).values())
+    """The least time of a step: the largest of computing and the links, as if they overlapped; then the host.
+
+    DeepSpeed's optimizer step on the host begins when the backward is over.
+    """
+    found = times(case)
+    return found.pop("host") + max(found.values())

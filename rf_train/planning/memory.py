@@ -4,7 +4,7 @@ It is counted from what the code keeps; nothing is fitted. In formulas, D is mod
 or activation.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -134,10 +134,10 @@ def host_bytes(case: StageCase) -> int:
 def rms_saved(case: StageCase, tokens: int) -> int:
     """What nn.RMSNorm over D keeps for backward.
 
-    Fused on a GPU: input and 1 / rms. Elsewhere: input and normalised input, both fp32, and 1 / rms.
+    Fused, on a GPU or compiled: input and 1 / rms. Else: input and normalised input, both fp32, and 1 / rms.
     """
-    width = case.recipe.model.dim
-    return tokens * (case.value_bytes * width + 4) if case.cluster.device == "cuda" else tokens * (8 * width + 4)
+    width, fused = case.recipe.model.dim, case.cluster.device == "cuda" or case.recipe.run.compile
+    return tokens * (case.value_bytes * width + 4) if fused else tokens * (8 * width + 4)
 
 
 def attention_saved(case: StageCase, last: bool) -> dict[str, int]:
@@ -189,22 +189,26 @@ def block_saved(case: StageCase, last: bool) -> dict[str, int]:
     both = case.tokens(all_frames)
     asking = case.tokens(case.clip.frames) if last else both
     asking_frames = case.clip.frames if last else all_frames
+    # Compiled, the work between the matrix multiplications keeps its inputs, in their own dtype.
+    compiled = case.recipe.run.compile
+    wide = a if compiled else 4
     return {
         "modulation": 4 * clips * dim * (7 * all_frames + asking_frames),  # six vectors per frame, and 1 + scale twice
-        "block input": 4 * both * dim + 8 * both,  # with mean and deviation
-        "norm 1": 4 * both * dim,
+        "block input": wide * both * dim + 8 * both,  # with mean and deviation
+        "norm 1": 0 if compiled else 4 * both * dim,
         # the noisy part of several clips is a copy
         "q, k, v input": a * dim * (both + (asking if last and clips > 1 else 0)),
         "q and k norms": rms_saved(case, asking) + rms_saved(case, both),
         **attention_saved(case, last),
-        "output projection": a * asking * dim + 4 * asking * dim,  # its input and its result
+        "output projection": a * asking * dim + wide * asking * dim,  # its input and its result
         "norm 2": a * asking * dim + 8 * asking + a * asking * dim,
         "cross-attention q": rms_saved(case, asking) + a * asking * dim,
         "cross-attention output": a * asking * dim + 4 * model.heads * asking,
         "caption's k and v": rms_saved(case, text) + 2 * a * text * dim,
-        "norm 3": 8 * asking * dim + 8 * asking + a * asking * dim,  # input, result, ffn's input
+        # input, result, ffn's input
+        "norm 3": (a if compiled else 8) * asking * dim + 8 * asking + a * asking * dim,
         "ffn hidden": 2 * a * asking * model.ffn_dim,  # before and after GELU
-        "ffn output": 4 * asking * dim,
+        "ffn output": wide * asking * dim,
     }
 
 
@@ -215,12 +219,16 @@ def ends_saved(case: StageCase) -> tuple[int, int]:
     latent = clips * model.channels * case.clip.height * case.clip.width
     cast = 0 if a == 4 else 1
     before = cast * a * latent * frames  # the patches' input, when it isn't fp32 itself
-    before += a * clips * frames * (model.freq_dim + 4 * model.dim)  # time embedding
+    before += 4 * clips * frames * (model.freq_dim + 4 * model.dim)  # time embedding, fp32 as its weights then are
+    before += cast * 4 * model.dim * (model.freq_dim + 7 * model.dim)
     before += 0 if model.checkpointing == "none" else 24 * clips * frames * model.dim  # modulation, an input of blocks
     before += cast * a * text * model.text_dim + 3 * a * text * model.dim  # caption
     tokens = case.tokens(case.clip.frames)
-    # norm, modulation, proj_out's input; 1 + scale
-    after = tokens * model.dim * (8 + a) + 8 * tokens + 4 * clips * case.clip.frames * model.dim
+    if case.recipe.run.compile:
+        after = tokens * model.dim * 2 * a + 8 * tokens  # the norm's input, proj_out's input
+    else:
+        # norm, modulation, proj_out's input; 1 + scale
+        after = tokens * model.dim * (8 + a) + 8 * tokens + 4 * clips * case.clip.frames * model.dim
     after += latent * case.clip.frames * (a + 4 * cast + 4)  # velocity and its error
     return before, after
 
@@ -247,20 +255,36 @@ def activation_bytes(case: StageCase) -> dict[str, tuple[int, int]]:
     in_last, in_full = gradients(noisy) - last["ffn output"], gradients(both) - full["ffn output"]
     routing = routing_working_bytes(case, case.training_pass)  # in attention, while the ffn's gradients are freed
     in_last, in_full = max(in_last, routing), max(in_full, routing)
-    if model.checkpointing == "none":
-        kept = before + (model.layers - 1) * whole_full + whole_last
-        in_blocks = [(kept, in_last), (kept - whole_last, in_full)]
-    else:
-        inputs, results_full, results_last = a * both * model.dim, 0, 0
-        if model.checkpointing == "selective":
-            results_full, results_last = full["attention output"], last["attention output"]
-        shared = inputs if a == 4 else 0  # an fp32 block input is kept once
-        kept = before + model.layers * inputs + (model.layers - 1) * results_full + results_last
-        in_blocks = [
-            (kept, whole_last - shared - results_last + in_last),
-            (kept - inputs - results_last, whole_full - shared - results_full + in_full),
-        ]
-    return {"forward": (kept, after), "backward": max(in_blocks[: model.layers], key=sum)}
+    inputs, results_full, results_last = a * both * model.dim, 0, 0
+    if model.checkpointing in ("selective", "auto"):
+        results_full, results_last = full["attention output"], last["attention output"]
+    shared = inputs if a == 4 else 0  # an fp32 block input is kept once
+    first_kept = model.layers - {"none": model.layers, "auto": case.kept_blocks}.get(model.checkpointing, 0)
+
+    def in_backward(position: int) -> tuple[int, int]:
+        """(what blocks keep, the rest) in the backward of the block at `position`, when later blocks are freed."""
+        is_last = position == model.layers - 1
+        whole, results, working = (
+            (whole_last, results_last, in_last) if is_last else (whole_full, results_full, in_full)
+        )
+        earlier = before + min(position, first_kept) * (inputs + results_full)
+        earlier += max(0, position - first_kept) * whole_full
+        if position >= first_kept:
+            return earlier + whole, working
+        return earlier + inputs + results, whole - shared - results + working
+
+    # the last block, the one before it, and the last one that is recomputed
+    positions = {model.layers - 1, model.layers - 2, first_kept - 1} & set(range(model.layers))
+    kept = in_backward(model.layers - 1)[0]
+    return {"forward": (kept, after), "backward": max(map(in_backward, positions), key=sum)}
+
+
+def with_kept_blocks(case: StageCase) -> StageCase:
+    """With model.checkpointing=auto: the same with as many kept blocks as fit, none if nothing fits."""
+    if case.recipe.model.checkpointing != "auto":
+        return case
+    fitting = (count for count in range(case.recipe.model.layers, 0, -1) if fits(replace(case, kept_blocks=count)))
+    return replace(case, kept_blocks=next(fitting, 0))
 
 
 def reducing_bytes(case: StageCase) -> int:

@@ -8,7 +8,7 @@ from rf_train.config import Recipe
 from rf_train.engine.deepspeed_json import shipped_jsons
 from rf_train.model.settings import CHECKPOINTINGS
 from rf_train.planning.costs import GIB, Clip, Cluster, StageCase, ZeroSettings, read_zero, seconds, times
-from rf_train.planning.memory import ROOM, fits, memory
+from rf_train.planning.memory import ROOM, fits, memory, with_kept_blocks
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,10 @@ def overrides(recipe: Recipe) -> list[str]:
 
 
 def stage_cases(recipe: Recipe, clips: list[Clip], cluster: Cluster, zero: ZeroSettings) -> tuple[StageCase, ...]:
-    return tuple(StageCase(recipe, stage, clip, zero, cluster) for stage, clip in zip(recipe.stages, clips))
+    """A case for each stage. With model.checkpointing=auto, each with as many kept blocks as fit."""
+    return tuple(
+        with_kept_blocks(StageCase(recipe, stage, clip, zero, cluster)) for stage, clip in zip(recipe.stages, clips)
+    )
 
 
 def candidates(recipe: Recipe, clips: list[Clip], cluster: Cluster) -> Iterator[tuple[StageCase, ...]]:

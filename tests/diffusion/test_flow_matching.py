@@ -9,26 +9,27 @@ import torch
 from rf_train.diffusion import flow_matching
 from rf_train.diffusion.flow_matching import FlowSettings
 from rf_train.diffusion.randomness import generator
+from tests.conftest import assert_close
 
 
-def test_the_path_runs_from_clean_to_noise_and_its_derivative_is_the_target():
-    x, eps = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64), torch.randn(2, 4, 3, 2, 2, dtype=torch.float64)
-    t = torch.rand(2, 3, dtype=torch.float64)
-    assert torch.equal(flow_matching.interpolate(x, eps, torch.zeros(2, 3)), x)
-    assert torch.equal(flow_matching.interpolate(x, eps, torch.ones(2, 3)), eps)
+def test_the_path_runs_from_clean_to_noise_and_its_derivative_is_the_target(device):
+    x, eps = torch.randn(2, 2, 4, 3, 2, 2, dtype=torch.float64).to(device)
+    t = torch.rand(2, 3, dtype=torch.float64).to(device)
+    assert torch.equal(flow_matching.interpolate(x, eps, torch.zeros_like(t)), x)
+    assert torch.equal(flow_matching.interpolate(x, eps, torch.ones_like(t)), eps)
     slope = (flow_matching.interpolate(x, eps, t + 1e-6) - flow_matching.interpolate(x, eps, t)) / 1e-6
     torch.testing.assert_close(slope, flow_matching.target_velocity(x, eps), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shift", [0.6, 1.0, 5.0])
-def test_with_the_right_velocity_euler_brings_noise_back_to_the_clip_on_any_schedule(shift):
-    x, eps = torch.randn(1, 2, 3, 2, 2), torch.randn(1, 2, 3, 2, 2)
-    levels = flow_matching.schedule(7, shift).float()
+def test_with_the_right_velocity_euler_brings_noise_back_to_the_clip_on_any_schedule(device, shift):
+    x, eps = torch.randn(2, 1, 2, 3, 2, 2).to(device)
+    levels = flow_matching.schedule(7, shift).to(device).float()
     assert levels[0] == 1 and levels[-1] == 0 and (levels.diff() < 0).all()
     x_t, v = eps, flow_matching.target_velocity(x, eps)
     for t, t_next in pairwise(levels):
         x_t = flow_matching.euler_step(x_t, v, t.expand(1, 3), t_next.expand(1, 3))
-    torch.testing.assert_close(x_t, x, atol=1e-5, rtol=0)
+    assert_close(x_t, x, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("shift", [0.1, 0.6, 3.0])
@@ -43,16 +44,16 @@ def test_the_resampling_level_has_the_distribution_of_the_paper(shift):
     assert abs(t_s.median() - shift / (1 + shift)) < 0.01
 
 
-def test_each_chunk_weighs_the_same_in_the_loss():
-    by_frame = torch.tensor([[1.0, 1, 1, 2, 2, 2, 9]])
+def test_each_chunk_weighs_the_same_in_the_loss(device):
+    by_frame = torch.tensor([[1.0, 1, 1, 2, 2, 2, 9]], device=device)
     by_chunk = flow_matching.mean_by_chunk(by_frame, [3, 3, 1])
     assert by_chunk.tolist() == [[1, 2, 9]]
     assert flow_matching.mean_of_present(by_chunk, [3, 3, 1]) == 4
 
 
-def test_missing_frames_do_not_count_in_the_mean_of_a_chunk():
-    by_frame = torch.arange(18.0).view(2, 9)
-    present = torch.ones(2, 9, dtype=torch.bool)
+def test_missing_frames_do_not_count_in_the_mean_of_a_chunk(device):
+    by_frame = torch.arange(18.0, device=device).view(2, 9)
+    present = torch.ones(2, 9, dtype=torch.bool, device=device)
     present[0, 1] = False
     present[1, 6:] = False
     by_chunk = flow_matching.mean_by_chunk(by_frame, [3, 3, 3], present)
@@ -60,17 +61,17 @@ def test_missing_frames_do_not_count_in_the_mean_of_a_chunk():
     assert flow_matching.mean_of_present(by_chunk, [3, 3, 3], present) == (4.0 + 11.5) / 2
 
 
-def test_the_number_of_a_chunk_is_spread_over_its_frames():
-    spread = flow_matching.spread_over_frames(torch.tensor([[1.0, 2], [3, 4]]), [1, 3])
+def test_the_number_of_a_chunk_is_spread_over_its_frames(device):
+    spread = flow_matching.spread_over_frames(torch.tensor([[1.0, 2], [3, 4]], device=device), [1, 3])
     assert spread.tolist() == [[1, 2, 2, 2], [3, 4, 4, 4]]
 
 
-def test_training_levels_are_logit_normal_or_uniform_and_shifted():
-    draws = {"t": torch.tensor([[0.0, 2.0]]), "t_uniform": torch.tensor([[0.25, 0.5]])}
+def test_training_levels_are_logit_normal_or_uniform_and_shifted(device):
+    draws = {"t": torch.tensor([[0.0, 2.0]]).to(device), "t_uniform": torch.tensor([[0.25, 0.5]]).to(device)}
     logit_normal = flow_matching.training_levels(draws, FlowSettings(t_distribution="logit_normal", t_shift=1.0))
-    torch.testing.assert_close(logit_normal, torch.sigmoid(draws["t"]))
+    assert_close(logit_normal, torch.sigmoid(draws["t"]))
     uniform = flow_matching.training_levels(draws, FlowSettings(t_distribution="uniform", t_shift=3.0))
-    torch.testing.assert_close(uniform, 3 * draws["t_uniform"] / (1 + 2 * draws["t_uniform"]))
+    assert_close(uniform, 3 * draws["t_uniform"] / (1 + 2 * draws["t_uniform"]))
 
 
 @pytest.mark.parametrize(

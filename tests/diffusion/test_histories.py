@@ -19,7 +19,7 @@ from rf_train.diffusion.histories import (
 )
 from rf_train.diffusion.randomness import make_draws
 from rf_train.model.chunks import Dense, ModelPass, Routed, Window
-from tests.conftest import random_batch, tiny_settings
+from tests.conftest import assert_close, random_batch, tiny_settings, tolerance
 
 # (latent frames of the first chunk, of the clip); the other chunks have three.
 CHUNKINGS = [
@@ -122,46 +122,47 @@ def literal_resampling(model, batch: Batch, t_shift: float, solver_steps: int, c
 @pytest.mark.parametrize("solver_steps", [1, 3])
 @pytest.mark.parametrize("frames", [3, 6, 12, 11])
 @torch.no_grad()
-def test_autoregressive_history_is_algorithm_1(tiny_model, frames, solver_steps):
-    model = tiny_model()
-    batch = random_batch(model.settings, frames)
+def test_autoregressive_history_is_algorithm_1(tiny_model, device, frames, solver_steps):
+    model = tiny_model(device)
+    batch = random_batch(model.settings, frames, device=device)
     ours, level = make_history(Autoregressive(solver_steps=solver_steps), batch, Dense(), model)
     literal, t_s = literal_resampling(model, batch, 0.6, solver_steps, clean_history=False)
     if frames == 3:
         assert ours is None and not level.any()  # nothing is made of a single chunk
     else:
-        torch.testing.assert_close(level, t_s)
-        assert (ours - literal[:, :, : ours.shape[2]]).abs().max() <= 1e-5
+        assert_close(level, t_s)
+        assert (ours - literal[:, :, : ours.shape[2]]).abs().max() <= tolerance(device, 1e-5)
         assert (ours - batch.x[:, :, : ours.shape[2]]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("solver_steps", [1, 3])
 @torch.no_grad()
-def test_parallel_history_resamples_each_chunk_after_the_truth(tiny_model, solver_steps):
-    model = tiny_model(first_chunk=1)
-    batch = random_batch(model.settings, 9)
+def test_parallel_history_resamples_each_chunk_after_the_truth(tiny_model, device, solver_steps):
+    model = tiny_model(device, first_chunk=1)
+    batch = random_batch(model.settings, 9, device=device)
     ours, level = make_history(Parallel(t_shift=2.0, solver_steps=solver_steps), batch, Dense(), model)
     literal, t_s = literal_resampling(model, batch, 2.0, solver_steps, clean_history=True)
-    torch.testing.assert_close(level, t_s)
-    assert (ours - literal[:, :, :7]).abs().max() <= 1e-5
+    assert_close(level, t_s)
+    assert (ours - literal[:, :, :7]).abs().max() <= tolerance(device, 1e-5)
     autoregressive, _ = make_history(Autoregressive(2.0, solver_steps), batch, Dense(), model)
-    assert (ours[:, :, :1] - autoregressive[:, :, :1]).abs().max() <= 1e-5  # the first chunk has no history
+    # The first chunk has no history.
+    assert (ours[:, :, :1] - autoregressive[:, :, :1]).abs().max() <= tolerance(device, 1e-5)
     assert (ours[:, :, 1:] - autoregressive[:, :, 1:]).abs().max() > 1e-3
 
 
-def test_clean_history_is_the_truth():
-    batch = random_batch(tiny_settings(), 9)
+def test_clean_history_is_the_truth(device):
+    batch = random_batch(tiny_settings(), 9, device=device)
     history, level = make_history(Clean(), batch, Dense(), None)
     assert torch.equal(history, batch.x[:, :, :6]) and level.tolist() == [0, 0]
 
 
-def test_noise_history_is_the_truth_with_noise_of_the_drawn_level():
-    batch = random_batch(tiny_settings(), 9)
+def test_noise_history_is_the_truth_with_noise_of_the_drawn_level(device):
+    batch = random_batch(tiny_settings(), 9, device=device)
     history, level = make_history(Noise(), batch, Dense(), None)
     assert torch.equal(level, batch.draws["history_level"]) and level.min() > 0
     share = level.view(-1, 1, 1, 1, 1)
     expected = (1 - share) * batch.x[:, :, :6] + share * batch.draws["history_noise"][:, :, :6]
-    torch.testing.assert_close(history, expected)
+    assert_close(history, expected)
 
 
 # ---- what every kind declares
@@ -178,10 +179,10 @@ def test_the_kinds_by_name():
 @every_history_and_id
 @pytest.mark.parametrize("first_chunk, frames", CHUNKINGS)
 @torch.no_grad()
-def test_the_declared_passes_are_exactly_those_that_are_run(tiny_model, history, first_chunk, frames):
+def test_the_declared_passes_are_exactly_those_that_are_run(tiny_model, device, history, first_chunk, frames):
     """In order, each with its noisy and history chunks, and whether it reads a cache."""
-    model = RecordingModel(tiny_model(first_chunk=first_chunk))
-    batch = resample_all(random_batch(model.settings, frames))
+    model = RecordingModel(tiny_model(device, first_chunk=first_chunk))
+    batch = resample_all(random_batch(model.settings, frames, device=device))
     make_history(history, batch, Dense(), model)
     assert model.passes == history.rollout_passes(batch.chunk_sizes)
 
@@ -189,18 +190,18 @@ def test_the_declared_passes_are_exactly_those_that_are_run(tiny_model, history,
 @pytest.mark.parametrize("attention", [Window(window=1), Window(window=1, sink=1), Routed(top_k=1)], ids=str)
 @every_history_and_id
 @torch.no_grad()
-def test_the_passes_do_not_depend_on_the_attention(tiny_model, history, attention):
-    model = RecordingModel(tiny_model())
-    batch = resample_all(random_batch(model.settings, 14))
+def test_the_passes_do_not_depend_on_the_attention(tiny_model, device, history, attention):
+    model = RecordingModel(tiny_model(device))
+    batch = resample_all(random_batch(model.settings, 14, device=device))
     make_history(history, batch, attention, model)
     assert model.passes == history.rollout_passes(batch.chunk_sizes)
 
 
 @torch.no_grad()
-def test_self_resampling_takes_one_pass_per_chunk(tiny_model):
+def test_self_resampling_takes_one_pass_per_chunk(tiny_model, device):
     """N - 1 passes for N - 1 chunks: a pass denoises one chunk and writes the keys of the one before."""
-    model = RecordingModel(tiny_model())
-    make_history(Autoregressive(), random_batch(model.settings, 21), Dense(), model)
+    model = RecordingModel(tiny_model(device))
+    make_history(Autoregressive(), random_batch(model.settings, 21, device=device), Dense(), model)
     lengths = [(sum(c.length for c in p.noisy), sum(c.length for c in p.history)) for p in model.passes]
     assert lengths == [(3, 0)] + [(3, 3)] * 5
 
@@ -213,11 +214,11 @@ def test_a_rollout_is_needed_exactly_where_passes_are_declared(history, first_ch
 
 
 @every_history_and_id
-def test_without_a_rollout_no_model_is_needed(history):
+def test_without_a_rollout_no_model_is_needed(device, history):
     """Of 64 random micro-batches, those that need no rollout get their history without a model."""
     needed = []
     for step in range(64):
-        batch = random_batch(tiny_settings(), 9, clips=1, step=step)
+        batch = random_batch(tiny_settings(), 9, clips=1, step=step, device=device)
         needed.append(history.needs_rollout(batch))
         if not needed[-1]:
             made, level = make_history(history, batch, Dense(), None)
@@ -227,9 +228,9 @@ def test_without_a_rollout_no_model_is_needed(history):
 
 @every_history_and_id
 @torch.no_grad()
-def test_a_history_reads_exactly_the_draws_that_it_declares(tiny_model, history):
-    model = tiny_model()
-    batch = random_batch(model.settings, 9)
+def test_a_history_reads_exactly_the_draws_that_it_declares(tiny_model, device, history):
+    model = tiny_model(device)
+    batch = random_batch(model.settings, 9, device=device)
     draws = RecordingDraws(batch.draws)
     batch = replace(batch, draws=draws)
     history.needs_rollout(batch)
@@ -249,10 +250,10 @@ def test_a_missing_draw_is_an_error(tiny_model, kind, purpose):
 
 @every_history_and_id
 @torch.no_grad()
-def test_only_a_history_that_says_so_is_the_clip_itself(tiny_model, history):
+def test_only_a_history_that_says_so_is_the_clip_itself(tiny_model, device, history):
     """Planning counts no memory for it."""
-    model = tiny_model()
-    batch = random_batch(model.settings, 9)
+    model = tiny_model(device)
+    batch = random_batch(model.settings, 9, device=device)
     made, _ = make_history(history, batch, Dense(), model)
     assert (made.data_ptr() == batch.x.data_ptr()) == history.is_the_clip
 
@@ -278,27 +279,27 @@ def test_settings_out_of_range_are_refused(history, message):
 
 @pytest.mark.parametrize("solver_steps", [1, 3])
 @torch.no_grad()
-def test_mixed_history_is_per_clip_the_truth_or_self_resampling(tiny_model, solver_steps):
-    model = tiny_model()
-    batch = random_batch(model.settings, 9, clips=8)
+def test_mixed_history_is_per_clip_the_truth_or_self_resampling(tiny_model, device, solver_steps):
+    model = tiny_model(device)
+    batch = random_batch(model.settings, 9, clips=8, device=device)
     resampled = batch.draws["history_choice"] < 0.5
     assert 0 < resampled.sum() < 8
     mixed, level = make_history(Mixed(solver_steps=solver_steps), batch, Dense(), model)
     autoregressive, t_s = make_history(Autoregressive(solver_steps=solver_steps), batch, Dense(), model)
     truth = batch.x[:, :, :6]
     assert torch.equal(mixed[~resampled], truth[~resampled]) and not level[~resampled].any()
-    torch.testing.assert_close(mixed[resampled], autoregressive[resampled])
+    assert_close(mixed[resampled], autoregressive[resampled])
     assert torch.equal(level[resampled], t_s[resampled])
     assert ((autoregressive - truth).flatten(1).abs().amax(dim=1) > 0.1).all()
 
 
 @pytest.mark.parametrize("probability, resampled", [(0.0, False), (1.0, True)])
 @torch.no_grad()
-def test_probability_0_never_resamples_and_1_always_does(tiny_model, probability, resampled):
+def test_probability_0_never_resamples_and_1_always_does(tiny_model, device, probability, resampled):
     """For the smallest and the largest number that a uniform draw can be, too."""
-    model, history = tiny_model(), Mixed(probability=probability)
-    batch = random_batch(model.settings, 9)
-    batch.draws["history_choice"] = torch.tensor([0.0, 1 - 2**-24])
+    model, history = tiny_model(device), Mixed(probability=probability)
+    batch = random_batch(model.settings, 9, device=device)
+    batch.draws["history_choice"] = torch.tensor([0.0, 1 - 2**-24], device=device)
     assert batch.draws["history_choice"][1] < 1
     assert history.needs_rollout(batch) == resampled
     made, level = make_history(history, batch, Dense(), model if resampled else None)

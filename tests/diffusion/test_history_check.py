@@ -14,8 +14,8 @@ ATTENTIONS = [Dense(), Window(window=1, sink=1), Routed(top_k=1)]
 @pytest.mark.parametrize("kind", History.kinds)
 @pytest.mark.parametrize("attention", ATTENTIONS, ids=str)
 @pytest.mark.parametrize("chunks", [1, 2, 9])
-def test_sound_histories_pass(tiny_model, kind, attention, chunks):
-    check_history(History.kinds[kind](), tiny_model(), attention, chunks)
+def test_sound_histories_pass(tiny_model, device, kind, attention, chunks):
+    check_history(History.kinds[kind](), tiny_model(device), attention, chunks)
 
 
 class ForgetsPasses(Autoregressive):
@@ -65,9 +65,9 @@ class OneLevel(Clean):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, History) else "",
 )
-def test_a_broken_history_is_named_with_the_rule(tiny_model, history, message):
+def test_a_broken_history_is_named_with_the_rule(tiny_model, device, history, message):
     with pytest.raises(HistoryError, match=message):
-        check_history(history, tiny_model(), Dense(), 4)
+        check_history(history, tiny_model(device), Dense(), 4)
 
 
 # ---- what a class can't be

@@ -10,42 +10,44 @@ from rf_train.diffusion.flow_matching import FlowSettings
 from rf_train.diffusion.randomness import normal
 from rf_train.diffusion.sampling import VideoRequest, sample, sample_chunks
 from rf_train.model.chunks import Dense, Window
-from tests.conftest import random_clip
+from tests.conftest import assert_close, random_clip, tolerance
 
 
 def request_for(model, frames, seeds, given=None) -> VideoRequest:
     """Videos of 4 x 6 latent pixels with a caption of their own each."""
-    _, _, text = random_clip(3, len(seeds), model.settings)
+    _, _, text = random_clip(3, len(seeds), model.settings, device=model.proj_out.weight.device)
     return VideoRequest(text, torch.zeros_like(text), seeds, frames, 4, 6, given)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("first_chunk", [3, 1])
 @torch.no_grad()
-def test_the_cached_sampler_equals_one_that_gives_the_whole_history_each_time(tiny_model, guidance, first_chunk):
-    model = tiny_model(first_chunk=first_chunk)
+def test_the_cached_sampler_equals_one_that_gives_the_whole_history_each_time(
+    tiny_model, device, guidance, first_chunk
+):
+    model = tiny_model(device, first_chunk=first_chunk)
     flow = FlowSettings(sampling_steps=3, sampling_shift=5.0, guidance=guidance)
     request = request_for(model, 8, [7, 8])
     ours = sample(model, request, flow, Dense())
     levels, made = flow_matching.schedule(3, 5.0).tolist(), []
     for index, size in enumerate(model.chunking.sizes(8)):
         shape = (model.settings.channels, size, 4, 6)
-        x = torch.stack([normal(shape, seed, index, "sample", "generation") for seed in (7, 8)])
+        x = torch.stack([normal(shape, seed, index, "sample", "generation") for seed in (7, 8)]).to(device)
         for t, t_next in pairwise(levels):
             history = torch.cat(made, dim=2) if made else None
-            level = torch.full((2, size), t)
+            level = torch.full((2, size), t, device=device)
             v, v_empty = (
                 model(noisy=x, t=level, history=history, text=text, attention=Dense(), noisy_chunk=index)
                 for text in (request.text, request.empty_text)
             )
             x = x + (t_next - t) * (v_empty + guidance * (v - v_empty))
         made.append(x)
-    assert (ours - torch.cat(made, dim=2)).abs().max() < 1e-4
+    assert (ours - torch.cat(made, dim=2)).abs().max() < tolerance(device, 1e-4)
 
 
 @torch.no_grad()
-def test_chunks_come_one_by_one_and_joined_are_the_video(tiny_model):
-    model, flow = tiny_model(first_chunk=1), FlowSettings(sampling_steps=2, guidance=1.0)
+def test_chunks_come_one_by_one_and_joined_are_the_video(tiny_model, device):
+    model, flow = tiny_model(device, first_chunk=1), FlowSettings(sampling_steps=2, guidance=1.0)
     request = request_for(model, 6, [0])
     chunks = list(sample_chunks(model, request, flow, Dense()))
     assert [chunk.shape[2] for chunk in chunks] == [1, 3, 2]
@@ -53,10 +55,10 @@ def test_chunks_come_one_by_one_and_joined_are_the_video(tiny_model):
 
 
 @torch.no_grad()
-def test_given_chunks_stand_at_the_start_and_are_read(tiny_model):
-    model = tiny_model()
+def test_given_chunks_stand_at_the_start_and_are_read(tiny_model, device):
+    model = tiny_model(device)
     flow, window = FlowSettings(sampling_steps=2, guidance=1.0), Window(window=2)
-    given = random_clip(6, 1, model.settings, seed=5)[0]
+    given = random_clip(6, 1, model.settings, seed=5, device=device)[0]
     made = sample(model, request_for(model, 12, [0], given), flow, window)
     other = sample(model, request_for(model, 12, [0], given.flip(2)), flow, window)
     assert torch.equal(made[:, :, :6], given)
@@ -64,11 +66,11 @@ def test_given_chunks_stand_at_the_start_and_are_read(tiny_model):
 
 
 @torch.no_grad()
-def test_a_generated_video_goes_on_in_the_same_way_when_its_first_chunks_are_given(tiny_model):
-    model, flow = tiny_model(), FlowSettings(sampling_steps=2, guidance=2.0)
+def test_a_generated_video_goes_on_in_the_same_way_when_its_first_chunks_are_given(tiny_model, device):
+    model, flow = tiny_model(device), FlowSettings(sampling_steps=2, guidance=2.0)
     video = sample(model, request_for(model, 12, [0]), flow, Dense())
     again = sample(model, request_for(model, 12, [0], video[:, :, :6]), flow, Dense())
-    torch.testing.assert_close(again, video, atol=1e-4, rtol=0)
+    assert_close(again, video, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -80,14 +82,14 @@ def test_given_frames_that_are_not_whole_chunks_are_refused(tiny_model):
 
 
 @torch.no_grad()
-def test_a_longer_video_begins_as_a_shorter_one_and_a_video_does_not_depend_on_its_batch(tiny_model):
-    model = tiny_model()
+def test_a_longer_video_begins_as_a_shorter_one_and_a_video_does_not_depend_on_its_batch(tiny_model, device):
+    model = tiny_model(device)
     flow, window = FlowSettings(sampling_steps=2, guidance=2.0), Window(window=1)
     pair = request_for(model, 6, [1, 2])
     short = sample(model, pair, flow, window)
     long = sample(model, request_for(model, 15, [1, 2]), flow, window)
     second = VideoRequest(pair.text[1:], pair.empty_text[1:], [2], 6, 4, 6)
-    torch.testing.assert_close(long[:, :, :6], short)
-    torch.testing.assert_close(short[1:], sample(model, second, flow, window), atol=1e-5, rtol=1e-5)
+    assert_close(long[:, :, :6], short)
+    assert_close(short[1:], sample(model, second, flow, window), atol=1e-5, rtol=1e-5)
     other_seed = sample(model, request_for(model, 6, [1, 3]), flow, window)
     assert (other_seed[1] - short[1]).abs().max() > 1e-2

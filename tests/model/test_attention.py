@@ -6,6 +6,7 @@ from torch import Tensor
 
 from rf_train.model.attention import PassLayout, TwoStreamAttention, query_blocks, two_stream_attention
 from rf_train.model.chunks import Attention, Chunk, Window
+from tests.conftest import DEVICES, assert_close, tolerance
 from tests.model.passes import ATTENTIONS, kind_and_sink
 
 UNROUTED = ATTENTIONS[:3]  # whose choice of chunks doesn't depend on the tokens
@@ -27,7 +28,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, layout: PassLayout) -> Ten
             row.append(torch.full((query.length, key.length), itself or earlier))
         rows.append(torch.cat(row, dim=1))
     scores = (q.double() @ k.double().transpose(2, 3)) / q.shape[-1] ** 0.5
-    return scores.masked_fill(~torch.cat(rows), float("-inf")).softmax(-1) @ v.double()
+    return scores.masked_fill(~torch.cat(rows).to(q.device), float("-inf")).softmax(-1) @ v.double()
 
 
 def in_sight(query: int, key: int, attention: Attention) -> bool:
@@ -38,32 +39,47 @@ def in_sight(query: int, key: int, attention: Attention) -> bool:
 @pytest.mark.parametrize("attention", UNROUTED, ids=kind_and_sink)
 @pytest.mark.parametrize("sizes", [[4], [4, 4], [1, 4, 4, 3], [4] * 7, [4] * 20 + [2]], ids=len)
 @pytest.mark.parametrize(
-    "dtype, tolerance",
+    "dtype, allowed",
     [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 4e-2)],
     ids=["fp32", "fp64", "bf16"],
 )
-def test_attention_and_its_gradients_equal_those_under_a_dense_mask(sizes, attention, dtype, tolerance):
-    layout = PassLayout(chunks_of(sizes[:-1]), chunks_of(sizes), attention)
-    length = 2 * sum(sizes) - sizes[-1]
-    stream = torch.Generator().manual_seed(len(sizes))
-    q, k, v = (torch.randn(2, 3, length, 16, generator=stream).to(dtype).requires_grad_() for _ in range(3))
-    weight = torch.randn(2, 3, length, 16, generator=stream)
+def test_attention_and_its_gradients_equal_those_under_a_dense_mask(device, sizes, attention, dtype, allowed):
+    allowed = tolerance(device, allowed) if dtype == torch.float32 else allowed
+    compare_with_the_mask(PassLayout(chunks_of(sizes[:-1]), chunks_of(sizes), attention), 16, dtype, device, allowed)
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("attention", UNROUTED, ids=kind_and_sink)
+@pytest.mark.parametrize("sizes", [[40], [40] * 7, [10, 40, 40, 30], [40] * 20 + [20]], ids=len)
+@pytest.mark.parametrize("kernel", ["fa2", "cudnn"])
+def test_so_do_those_of_every_kernel_of_a_gpu(device, kernel, sizes, attention):
+    layout = PassLayout(chunks_of(sizes[:-1]), chunks_of(sizes), attention, kernel=kernel)
+    compare_with_the_mask(layout, 64, torch.bfloat16, device, 4e-2)
+
+
+def compare_with_the_mask(layout: PassLayout, width: int, dtype: torch.dtype, device: torch.device, allowed: float):
+    """Result and gradients, relative to the largest value of each."""
+    length = layout.history_tokens + sum(chunk.length for chunk in layout.noisy)
+    stream = torch.Generator().manual_seed(len(layout.noisy))
+    q, k, v, weight = (torch.randn(2, 3, length, width, generator=stream).to(device) for _ in range(4))
+    q, k, v = (x.to(dtype).requires_grad_() for x in (q, k, v))
     ours, reference = two_stream_attention(q, k, v, layout), masked_attention(q, k, v, layout)
     our_grads, reference_grads = (torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (ours, reference))
     for one, other in zip((ours, *our_grads), (reference, *reference_grads)):
-        assert (one.double() - other.double()).abs().max() <= tolerance * other.abs().max()
+        assert (one.double() - other.double()).abs().max() <= allowed * other.abs().max()
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS, ids=kind_and_sink)
 @torch.no_grad()
-def test_with_noisy_queries_only_the_output_is_that_of_the_noisy_tokens(attention):
+def test_with_noisy_queries_only_the_output_is_that_of_the_noisy_tokens(device, attention):
     sizes = [1, 4, 4, 3]
     layout = PassLayout(chunks_of(sizes[:-1]), chunks_of(sizes), attention)
     stream = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 21, 16, generator=stream) for _ in range(3))
+    q, k, v = (torch.randn(2, 3, 21, 16, generator=stream).to(device) for _ in range(3))
     whole = two_stream_attention(q, k, v, layout)
     noisy = two_stream_attention(q[:, :, layout.history_tokens :], k, v, layout.of_last_block())
-    torch.testing.assert_close(noisy, whole[:, :, 9:])
+    assert_close(noisy, whole[:, :, 9:])
 
 
 @pytest.mark.parametrize("attention", UNROUTED, ids=kind_and_sink)

@@ -10,32 +10,36 @@ from rf_train.model.chunks import Attention, Dense, Routed, Window
 from rf_train.model.kv_cache import LayerKVCache
 from rf_train.model.self_test import SelfTestError, check_equal, self_test
 from rf_train.model.transformer import CausalWan
-from tests.conftest import tiny_settings
+from tests.conftest import kernel_dtype, tiny_settings
 
 ATTENTIONS = [Dense(), Routed(top_k=2), Window(window=1)]
 
 
+PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+@PRECISIONS
 @pytest.mark.parametrize("chunks", [1, 2, 7])
 @pytest.mark.parametrize("first_chunk", [3, 1])
-def test_a_sound_model_passes(tiny_model, monkeypatch, chunks, first_chunk):
+def test_a_sound_model_passes(tiny_model, monkeypatch, device, chunks, first_chunk, dtype):
     compared = []
     monkeypatch.setattr(
-        self_test_module, "check_equal", lambda *given: (compared.append(given[0]), check_equal(*given))
+        self_test_module, "check_equal", lambda *given: (compared.append(given[0]), check_equal(*given))[1]
     )
-    self_test(tiny_model(first_chunk=first_chunk), chunks, ATTENTIONS)
+    self_test(tiny_model(device, first_chunk=first_chunk).to(dtype), chunks, ATTENTIONS)
     assert len(compared) == len(ATTENTIONS) * min(chunks, 4) + 2  # every chunk under every attention, and routing
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_a_fresh_model_passes(dtype):
+@PRECISIONS
+def test_a_fresh_model_passes(device, dtype):
     """Its output is all zero: only its features can be compared."""
-    model = CausalWan(tiny_settings()).to(dtype)
+    model = CausalWan(tiny_settings()).to(device, dtype)
     assert not model.proj_out.weight.any()
     self_test(model, 7, ATTENTIONS)
 
 
-def test_it_leaves_no_gradients_and_no_hooks(tiny_model):
-    model = tiny_model()
+def test_it_leaves_no_gradients_and_no_hooks(tiny_model, device):
+    model = tiny_model(device)
     self_test(model, 4, ATTENTIONS)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert not model.proj_out._forward_pre_hooks
@@ -112,28 +116,31 @@ def routed_parts_are_merged_without_their_weights(monkeypatch):
         (routed_parts_are_merged_without_their_weights, "routed with top_k >= N = dense"),
     ],
 )
-def test_a_broken_model_is_stopped_and_the_check_named(tiny_model, monkeypatch, damage, check):
+def test_a_broken_model_is_stopped_and_the_check_named(tiny_model, monkeypatch, device, damage, check):
     damage(monkeypatch)
+    model = tiny_model(device)
+    if damage is routed_parts_are_merged_without_their_weights:
+        model.to(kernel_dtype(device))  # else a GPU makes no parts
     with pytest.raises(SelfTestError, match=f"self-test '{check}' failed"):
-        self_test(tiny_model(), 4, ATTENTIONS)
+        self_test(model, 4, ATTENTIONS)
 
 
-def test_features_that_are_not_finite_are_stopped(tiny_model):
-    model = tiny_model()
+def test_features_that_are_not_finite_are_stopped(tiny_model, device):
+    model = tiny_model(device)
     model.blocks[1].ffn.net[2].bias.data[0] = float("nan")
     with pytest.raises(SelfTestError, match="finite"):
         self_test(model, 4, ATTENTIONS)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_ties_between_chunks_do_not_stop_a_sound_model_in_bf16(monkeypatch, seed):
+def test_ties_between_chunks_do_not_stop_a_sound_model_in_bf16(monkeypatch, device, seed):
     """Two passes round differently, so near ties fall differently."""
     where = []
-    noted = lambda *given: (where.append(given[1]), check_equal(*given))
+    noted = lambda *given: (where.append(given[1]), check_equal(*given))[1]
     monkeypatch.setattr(self_test_module, "check_equal", noted)
     torch.manual_seed(seed)
     settings = tiny_settings(layers=6, dim=64, heads=4, ffn_dim=128, chunk=1, first_chunk=1)
-    self_test(CausalWan(settings).bfloat16(), 4, [Routed(1), Routed(5), Routed(5, window=1, sink=1)])
+    self_test(CausalWan(settings).to(device, torch.bfloat16), 4, [Routed(1), Routed(5), Routed(5, window=1, sink=1)])
     assert "(routed attention), chunk 4" in where  # it was compared, and no error was raised
 
 

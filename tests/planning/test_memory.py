@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rf_train.diffusion.histories import History
+from rf_train.model.elementwise import compiled as compiling
 from rf_train.model.transformer import CausalWan
 from rf_train.planning.memory import (
     ROOM,
@@ -26,9 +27,14 @@ PRECISIONS = pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat1
 @PRECISIONS
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("clips", [1, 2])
-def test_activations_are_what_autograd_keeps(attention, precision, dtype, clips):
-    """Every tensor saved for backward, each storage once, to 1 %. Latents and rotary tables are counted elsewhere."""
-    case = tiny_case(attention=ATTENTIONS[attention], micro_batch=clips, run={"precision": precision})
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+def test_activations_are_what_autograd_keeps(attention, precision, dtype, clips, compiled):
+    """Every tensor saved for backward, each storage once, to 1 %; compiled, to 2 %: the compiler chooses some of it.
+
+    Latents and rotary tables are counted elsewhere.
+    """
+    run = {"precision": precision, "compile": compiled}
+    case = tiny_case(attention=ATTENTIONS[attention], micro_batch=clips, run=run)
     settings, model, step = case.recipe.model, CausalWan(case.recipe.model).to(dtype), Step(case)
     step.make_history(model)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -37,17 +43,19 @@ def test_activations_are_what_autograd_keeps(attention, precision, dtype, clips)
     def pack(tensor):
         storage = tensor.untyped_storage()
         latent = tensor.dim() == 5 and tensor.shape[1] == settings.channels
-        if storage.data_ptr() not in parameters and not latent and not tensor.is_complex():
+        rotary = tensor.is_complex() or (tensor.dim() == 3 and tensor.shape[1:] == (settings.head_dim // 2, 2))
+        if storage.data_ptr() not in parameters and not latent and not rotary:
             kept[storage.data_ptr()] = (storage.nbytes(), storage)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with compiling(compiled), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = step.loss(model)
     frames = case.clip.frames
     latent = case.micro_batch * case.clip.height * case.clip.width * settings.channels
     latents = latent * (8 * frames if precision == "fp32" else 2 * (frames + case.history_frames) + 10 * frames)
     planned = activation_bytes(case)["forward"][0] + ends_saved(case)[1] - latents
-    assert loss.requires_grad and planned == pytest.approx(sum(size for size, _ in kept.values()), rel=0.01)
+    allowed = 0.02 if compiled else 0.01
+    assert loss.requires_grad and planned == pytest.approx(sum(size for size, _ in kept.values()), rel=allowed)
 
 
 # ---- the cache of a rollout

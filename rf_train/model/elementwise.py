@@ -1,0 +1,123 @@
+"""The work of a block between its matrix multiplications: norms, modulation, residuals, rotary positions.
+
+Each function reads its inputs and writes its outputs once when it is compiled. Then it takes one or two kernels, not
+about ten, and backward keeps only the inputs. Statistics, modulation and rotation are in fp32. `use_compiled` turns
+compilation on, for the process. Attention and matrix multiplications stay as they are, and so do ZeRO's hooks.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, wraps
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rf_train.model.rope import rotate
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_state = {"compiled": False}
+VARIANTS = 32  # of one function: with and without gradient, first, last and partial chunks, batch sizes
+
+
+def use_compiled(on: bool) -> None:
+    """Compiles the functions of this module from now on, or stops using what was compiled."""
+    if on:
+        import torch._dynamo
+
+        limit = torch._dynamo.config
+        limit.recompile_limit = max(limit.recompile_limit, VARIANTS)
+    _state["compiled"] = on
+
+
+@contextmanager
+def compiled(on: bool) -> Iterator[None]:
+    """`use_compiled` inside the context only."""
+    before = _state["compiled"]
+    use_compiled(on)
+    try:
+        yield
+    finally:
+        use_compiled(before)
+
+
+def graphs_compiled() -> int:
+    """The graphs that this process has compiled so far."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
+@cache
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True)
+
+
+def fusible(function: Function) -> Function:
+    """Makes a function of this module follow `use_compiled`."""
+
+    @wraps(function)
+    def call(*arguments: Any) -> Any:
+        return (_compile(function) if _state["compiled"] else function)(*arguments)
+
+    return call  # type: ignore[return-value]
+
+
+def layer_norm(x: Tensor, eps: float) -> Tensor:
+    """Layer norm without weights, in fp32."""
+    return F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+
+
+@fusible
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Layer norm, scaled and shifted: x [B, F, P, D]; shift and scale [B, F, 1, D] in fp32 -> x's shape and dtype."""
+    return torch.addcmul(shift, layer_norm(x, eps), 1 + scale).to(x.dtype)
+
+
+@fusible
+def gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + gate y: x and y [B, F, P, D]; gate [B, F, 1, D] in fp32 -> x's shape and dtype."""
+    return torch.addcmul(x.float(), y.float(), gate).to(x.dtype)
+
+
+@fusible
+def gated_sum_and_norm(
+    x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(z = x + gate y, layer norm of z with weights [D]): see `gated_sum`."""
+    z = torch.addcmul(x.float(), y.float(), gate).to(x.dtype)
+    return z, F.layer_norm(z, z.shape[-1:], weight, bias, eps)
+
+
+@fusible
+def sum_and_modulated_norm(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(z = x + y, modulated layer norm of z): see `modulated_norm`."""
+    z = x + y
+    return z, torch.addcmul(shift, layer_norm(z, eps), 1 + scale).to(x.dtype)
+
+
+@fusible
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm over the full width: x [..., D], weight [D]."""
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+@fusible
+def rms_norm_and_rotate(x: Tensor, weight: Tensor, table: Tensor, heads: int, eps: float) -> Tensor:
+    """RMS norm over the full width, then rotary positions per head.
+
+    x [B, L, D]; weight [D]; table as in `rotate`. Returns [B, L, heads, D / heads].
+    """
+    return rotate(F.rms_norm(x, x.shape[-1:], weight, eps).unflatten(-1, (heads, -1)), table)
+
+
+@fusible
+def merge_part(out: Tensor, log_sums: Tensor, part: Tensor, part_sums: Tensor) -> None:
+    """Merges attention over more keys into `out` [B, H, L, D] and `log_sums` [B, H, L], both fp32, in place.
+
+    part [B, H, L, D] and part_sums [B, H, L] are the attention over those keys alone, and its log-sum-exps.
+    """
+    out.lerp_(part.float(), torch.sigmoid(part_sums - log_sums)[..., None])
+    log_sums.copy_(torch.logaddexp(log_sums, part_sums))

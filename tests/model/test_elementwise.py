@@ -1,0 +1,52 @@
+"""Compiled, the model gives what it gives without, in training, rollout and generation; and it compiles once."""
+
+from itertools import chain
+
+import pytest
+import torch
+
+from rf_train.model.attention import CUDA_KERNELS
+from rf_train.model.chunks import Dense, Routed
+from rf_train.model.elementwise import compiled, graphs_compiled
+from rf_train.model.self_test import self_test
+from rf_train.model.settings import KERNELS
+from tests.conftest import random_clip
+from tests.model.passes import cached_pass, parallel_pass
+
+
+def results(model, frames: int, attention) -> list[torch.Tensor]:
+    """The velocities of a training pass and of a pass with a cache, and the gradients."""
+    x, t, text = random_clip(frames, 2, model.settings, device=model.proj_out.weight.device)
+    model.zero_grad()
+    v = parallel_pass(model, x, x, t, text, attention)
+    v.float().square().mean().backward()
+    with torch.no_grad():
+        one_by_one = cached_pass(model, x, x, t, text, attention)
+    return [v.detach(), one_by_one, *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+def test_compiled_equals_eager_and_nothing_is_compiled_later(tiny_model, device, dtype, allowed, checkpointing):
+    """The difference is at most `allowed` of the norm of each result."""
+    model, cases = tiny_model(device, checkpointing=checkpointing).to(dtype), [(9, Dense()), (12, Routed(top_k=1))]
+    expected = [results(model, *case) for case in cases]
+    with compiled(True):
+        found = [results(model, *case) for case in cases]
+        graphs = graphs_compiled()
+        again = [results(model, *case) for case in cases]
+        assert graphs_compiled() == graphs > 0
+    for one, other, repeated in zip(chain(*found), chain(*expected), chain(*again)):
+        assert (one.float() - other.float()).norm() <= allowed * other.float().norm()
+        assert device.type == "cuda" or torch.equal(one, repeated)  # there, flash attention's backward repeats no bits
+
+
+@pytest.mark.slow
+def test_a_compiled_model_passes_the_self_test(tiny_model, device):
+    with compiled(True):
+        self_test(tiny_model(device), 4, [Dense(), Routed(top_k=2)])
+
+
+def test_every_kernel_has_a_setting():
+    assert {"auto", *CUDA_KERNELS} == set(KERNELS)
