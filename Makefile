@@ -26,6 +26,10 @@ DRAW := $(BIN)/python -m data_prep.draw
 ENCODE := $(BIN)/python -m data_prep.encode
 GENERATE := $(BIN)/python -m rf_train.generate
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Who has chosen PyTorch's build for CPUs trains on the CPU, also where there are GPUs.
+ifneq ($(filter %.ready-cpu,$(READY)),)
+export DS_ACCELERATOR := cpu
+endif
 
 DATA := data/demo
 RUN := runs/demo

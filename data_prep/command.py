@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 
-BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
+UNFORESEEN, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
 
 
 def run_command(action: Callable[[], object]) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from rf_train.config import Recipe
 
 class RunLog:
     """The log of a run. Only rank 0 writes; on other ranks every call does nothing."""
+
+    patience = 3.0  # seconds that wandb has to end after a failure
 
     def __init__(self, recipe: Recipe, first_step: int, rank: int):
         self.active = rank == 0
@@ -64,12 +67,18 @@ class RunLog:
         if self.active:
             self.bar.write(text)
 
-    def close(self) -> None:
-        if self.active:
-            self.bar.close()
-            self.file.close()
-            if self.wandb is not None:
-                self.wandb.finish()
+    def close(self, failed: bool = False) -> None:
+        """Ends the log. After a failure wandb has little time: other ranks may wait for the end of this process."""
+        if not self.active:
+            return
+        self.bar.close()
+        self.file.close()
+        if self.wandb is not None and failed:
+            ending = threading.Thread(target=self.wandb.finish, kwargs={"exit_code": 1}, daemon=True)
+            ending.start()
+            ending.join(self.patience)
+        elif self.wandb is not None:
+            self.wandb.finish()
 
 
 def _without_nan(value: Any) -> Any:

@@ -7,8 +7,10 @@ import argparse
 import logging
 import math
 import os
+import shlex
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor
 
-from data_prep.command import BAD_INPUT, INTERRUPTED, one_line
+from data_prep.command import BAD_INPUT, INTERRUPTED, UNFORESEEN, one_line
 from data_prep.files import write_atomic
 from rf_train import config
 from rf_train.config import Recipe, Stage
@@ -36,14 +38,19 @@ from rf_train.engine.collectives import (
     check_same_on_ranks,
     check_same_settings,
     naming_lost_peers,
+    ranks_on_this_machine,
     start_ranks,
     true_on_any_rank,
 )
 from rf_train.engine.deepspeed_json import complete_settings
+from rf_train.engine.devices import memory_of, use_deterministic_kernels
 from rf_train.engine.zero import Engine, RolloutMismatch, build_engine
 from rf_train.evaluation.during_training import TrainingEvaluation
 from rf_train.metrics import MicroStepResult, StepMetrics
 from rf_train.model.self_test import self_test
+from rf_train.planning.costs import GIB, Clip, Cluster, StageCase, read_zero
+from rf_train.planning.memory import ROOM, fits, memory, with_kept_blocks
+from rf_train.planning.search import best
 from rf_train.run_log import RunLog
 from rf_train.settings import differences
 from rf_train.weights import WeightFiles
@@ -53,8 +60,14 @@ class TooManySkippedSteps(RunError):
     """Too many steps in a row were skipped because their gradient isn't finite."""
 
 
+class OutOfMemory(RunError):
+    """A GPU has too little memory for the recipe."""
+
+
 def train(recipe: Recipe) -> None:
     """Trains all steps of `recipe` that come after its newest checkpoint. Called on every rank."""
+    if recipe.run.deterministic:
+        use_deterministic_kernels()
     ranks = start_ranks()
     datasets = open_datasets(recipe)
     check_split(recipe, datasets, ranks)
@@ -64,6 +77,8 @@ def train(recipe: Recipe) -> None:
         data={name: dataset.summary() for name, dataset in datasets.items()},
     )
     Path(recipe.run.out).mkdir(parents=True, exist_ok=True)
+    cases = planned_cases(recipe, datasets, ranks)
+    check_memory(cases)
     engine = build_engine(recipe, ranks)
     state = TrainingState(engine, recipe.optimizer.ema)
     first = restore(recipe, state)
@@ -82,6 +97,7 @@ def train(recipe: Recipe) -> None:
         for step, batches in steps(recipe, datasets, first, engine.replica, engine.replicas):
             stage, begin, _ = recipe.span_at(step)
             engine.set_batch(stage.batch)
+            engine.model.kept_blocks = cases[recipe.stages.index(stage)].kept_blocks
             engine.set_learning_rate(learning_rate(stage, step - begin))
             metrics, not_finite = train_step(engine, step, batches, recipe, stage)
             if metrics["skipped"]:
@@ -105,8 +121,10 @@ def train(recipe: Recipe) -> None:
                     ends = {span.end for span in recipe.stage_spans}
                     checkpoint.prune(Path(recipe.run.out), recipe.run.keep, ends)
                 log.print_line(f"saved {saved}")
-    finally:
-        log.close()
+    except BaseException:
+        log.close(failed=True)
+        raise
+    log.close()
 
 
 def train_step(engine: Engine, step: int, batches: list[Batch], recipe: Recipe, stage: Stage) -> tuple[dict, list[str]]:
@@ -167,6 +185,38 @@ def check_split(recipe: Recipe, datasets: dict[str, LatentDataset], ranks: Ranks
         if dataset.tokens_per_frame % size:
             tokens = f"a latent frame of {dataset.folder} has {dataset.tokens_per_frame} tokens"
             raise ValueError(f"run.sequence_parallel_size={size}: {tokens}, which don't split evenly over {size} ranks")
+
+
+def planned_cases(recipe: Recipe, datasets: dict[str, LatentDataset], ranks: Ranks) -> list[StageCase]:
+    """The plan of each stage on the ranks of this run. All ranks have the same: the smallest memory counts."""
+    here = ranks_on_this_machine()
+    memory_here = torch.tensor(memory_of(ranks.device, here), device=ranks.device)
+    dist.all_reduce(memory_here, dist.ReduceOp.MIN)
+    cluster = Cluster(
+        gpus=ranks.world_size,
+        gpus_per_node=min(here, ranks.world_size),
+        memory=float(memory_here),
+        device=ranks.device.type,
+    )
+    zero, cases = read_zero(recipe.run.deepspeed), []
+    for stage in recipe.stages:
+        dataset = datasets[recipe.dataset_of(stage)]
+        latent = dataset.card["latent"]
+        clip = Clip(dataset.clip_frames(stage), latent["height"], latent["width"])
+        cases.append(with_kept_blocks(StageCase(recipe, stage, clip, zero, cluster)))
+    return cases
+
+
+def check_memory(cases: list[StageCase]) -> None:
+    """Raises ValueError, on every rank, when a stage needs more memory than a GPU has."""
+    for case in cases:
+        if case.cluster.device == "cuda" and not fits(case):
+            found = best(case.recipe, [case.clip for case in cases], case.cluster)
+            advice = f"these settings fit: {' '.join(found.overrides)}" if found.overrides else found.why
+            raise ValueError(
+                f"stage {case.stage.name} needs {memory(case).peak / GIB:.0f} GiB on each GPU, which has "
+                f"{case.cluster.memory / GIB:.0f} GiB, {ROOM:.0%} of them kept free; {advice}"
+            )
 
 
 def check_model(recipe: Recipe, engine: Engine, datasets: dict[str, LatentDataset]) -> None:
@@ -291,31 +341,58 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         with naming_lost_peers():
             train(recipe)
-    except (ValueError, RunError, OSError) as error:
-        print_error(error, rank)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return INTERRUPTED
-    finally:
+        # Only after success: with NCCL it waits for kernels that peers may never join.
         if dist.is_initialized():
             dist.destroy_process_group()
+    except BaseException as error:
+        _kept_alive.append(error)
+        return report_failure(error, rank, [options.recipe, *options.overrides])
     return 0
 
 
-def print_error(error: Exception, rank: int) -> None:
-    """Prints an error in one line.
+FORESEEN = (ValueError, RunError, OSError)  # their message is for people
+
+# The errors of this process. Their frames hold the engine, and DeepSpeed's destructor waits for the GPU.
+_kept_alive: list[BaseException] = []
+
+
+def report_failure(error: BaseException, rank: int, recipe: list[str]) -> int:
+    """Prints what ended the training. Returns the exit code. `recipe` is its part of the command line."""
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr, flush=True)
+        return INTERRUPTED
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        error = OutOfMemory(out_of_memory_message(error, recipe))
+    print_error(error, rank)
+    return BAD_INPUT if isinstance(error, FORESEEN) else UNFORESEEN
+
+
+def out_of_memory_message(error: torch.cuda.OutOfMemoryError, recipe: list[str]) -> str:
+    """What happened, what to look at, and what to change."""
+    plan = f"python -m rf_train.plan {shlex.join(recipe)} --gpus {os.environ.get('WORLD_SIZE', 1)}"
+    said = ". ".join(one_line(error).split(". ")[:3])
+    return (
+        f"out of memory ({said}). This shows what the recipe needs: {plan}. Lower optimizer.micro_batch, set "
+        "model.checkpointing=block, or raise run.sequence_parallel_size"
+    )
+
+
+def print_error(error: BaseException, rank: int) -> None:
+    """Prints an error in one line, after the traceback of an unforeseen one.
 
     Rank 0 prints an error that all ranks share. The others wait for it first, and the launcher may end them meanwhile.
     """
-    if rank and not isinstance(error, (PeerLost, RolloutMismatch)):
+    foreseen = isinstance(error, FORESEEN)
+    if rank and foreseen and not isinstance(error, (PeerLost, RolloutMismatch, OutOfMemory)):
         time.sleep(5)
-    print(f"error{f' on rank {rank}' if rank else ''}: {one_line(error)}", file=sys.stderr, flush=True)
+    trace, kind = ("", "") if foreseen else ("".join(traceback.format_exception(error)), f"{type(error).__name__}: ")
+    where = f" on rank {rank}" if rank else ""
+    print(f"{trace}error{where}: {kind}{one_line(error)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # All is saved and closed. A normal exit would sometimes abort in gloo's threads.
+    # All is saved and closed. A normal exit would sometimes abort in gloo's threads, or wait for lost peers.
     os._exit(code)

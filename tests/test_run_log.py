@@ -1,7 +1,10 @@
 """What a run writes while it trains: a row per step that any JSON reader takes, on rank 0 alone, also after a crash."""
 
 import json
+import threading
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -71,6 +74,16 @@ def test_a_resumed_run_drops_the_rows_of_the_steps_that_it_does_again(recipe, tm
     assert [row["step"] for row in read_rows(path)] == [1, 2, 3]
     write_steps(recipe, 2, 4, loss=2.0)
     assert [(row["step"], row["loss"]) for row in read_rows(path)] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
+
+
+def test_after_a_failure_a_slow_wandb_does_not_keep_other_ranks_waiting(recipe):
+    log, end, told = RunLog(recipe, 0, rank=0), threading.Event(), []
+    log.patience = 0.1
+    log.wandb = SimpleNamespace(finish=lambda exit_code: (told.append(exit_code), end.wait(60)))
+    begin = time.monotonic()
+    log.close(failed=True)
+    assert time.monotonic() - begin < 10 and told == [1]
+    end.set()
 
 
 def test_other_ranks_write_nothing(recipe, tmp_path):

@@ -1,4 +1,6 @@
-"""Training's guarantees: a NaN skips a step, ranks that disagree stop at once, a killed neighbour is named."""
+"""Training's guarantees: a NaN skips a step, ranks that disagree stop at once, a killed neighbour is named,
+and an error on one rank ends that rank at once.
+"""
 
 import os
 import subprocess
@@ -8,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 
 from rf_train import config, train
@@ -15,7 +18,7 @@ from rf_train.config import Stage
 from rf_train.data import batches
 from rf_train.diffusion.batch import Batch
 from rf_train.engine import checkpoint, deepspeed_json
-from rf_train.engine.collectives import Ranks
+from rf_train.engine.collectives import PeerLost, Ranks, naming_lost_peers
 from rf_train.run_log import read_rows
 from tests.conftest import write_dataset
 from tests.distributed import PROJECT, free_port, rank_environment, run_distributed
@@ -109,6 +112,73 @@ def test_a_folder_that_cannot_be_made_is_one_line(plain_run, tmp_path, monkeypat
     assert error.startswith("error: [Errno") and error.count("\n") == 1
 
 
+# ---- an error on one rank
+
+
+@pytest.fixture
+def ended(monkeypatch, tmp_path):
+    """`ended(error)`: a rank whose training raises `error`, or ends well: its exit code; whether it left its group."""
+    left: list[bool] = []
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train.dist, "destroy_process_group", lambda: left.append(True))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"stages": [{}], "run": {"out": str(tmp_path / "run")}}))
+
+    def run(error: BaseException | None, rank: int = 0) -> tuple[int, bool]:
+        def ending(_):
+            engine = Engine()
+            if error is not None:
+                raise type(error)(*error.args)  # one that the test itself doesn't hold
+            engine.freed = "well"
+
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setattr(train, "train", ending)
+        left.clear()
+        return train.main([str(tmp_path / "recipe.yaml"), "optimizer.micro_batch=2"]), bool(left)
+
+    class Engine:
+        """Frees nothing after an error: DeepSpeed's engine would wait for the GPU."""
+
+        freed = "after an error"
+
+        def __del__(self):
+            freed.append(self.freed)
+
+    freed: list[str] = []
+    yield run
+    assert "after an error" not in freed
+
+
+def test_only_a_rank_that_ends_well_waits_for_its_peers(ended, capsys):
+    """With NCCL, leaving a group waits for kernels that peers never join."""
+    assert ended(None) == (0, True)
+    assert ended(KeyboardInterrupt()) == (130, False)
+    assert capsys.readouterr().err == "interrupted\n"
+    assert ended(ValueError("no\nluck")) == (2, False)
+    assert capsys.readouterr().err == "error: no luck\n"
+    assert ended(SystemExit(0)) == (1, False)  # raised by a library
+
+
+def test_an_unforeseen_error_has_its_traceback_and_its_rank(ended, capsys):
+    assert ended(RuntimeError("no luck"), rank=3) == (1, False)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):" and lines[-1] == "error on rank 3: RuntimeError: no luck"
+
+
+def test_out_of_memory_says_what_to_change(ended, capsys, tmp_path):
+    torch_says = (
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.15 GiB of which 12.00 MiB "
+        "is free. Including non-PyTorch memory, this process has 79.1 GiB memory in use. See documentation"
+    )
+    assert ended(torch.cuda.OutOfMemoryError(torch_says), rank=1) == (2, False)
+    said = capsys.readouterr().err
+    assert said.startswith("error on rank 1: out of memory (CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 ")
+    assert f"python -m rf_train.plan {tmp_path}/recipe.yaml optimizer.micro_batch=2 --gpus 8." in said
+    for setting in ("optimizer.micro_batch", "model.checkpointing=block", "run.sequence_parallel_size"):
+        assert setting in said.split("--gpus")[1]
+    assert said.count("\n") == 1 and "documentation" not in said
+
+
 # ---- ranks that disagree
 
 
@@ -178,6 +248,50 @@ def test_ranks_with_other_files_under_the_same_names_stop_at_once(plain_run, tmp
 
 
 # ---- a rank that is killed
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        (RuntimeError, "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3421"),
+        (RuntimeError, "Read error [127.0.0.1]:3421: Connection reset by peer"),
+        (
+            dist.DistBackendError,
+            "NCCL error in: ProcessGroupNCCL.cpp:3763, remote process exited or there was a network error, NCCL "
+            "version 2.28.8\nncclRemoteError: A call failed possibly due to a network error or a remote process "
+            "exiting prematurely.\nLast error:\n socketProgressOpt: Call to recv from 10.0.0.1<3> failed : Broken pipe",
+        ),
+        (
+            dist.DistBackendError,
+            "NCCL error in: NCCLUtils.cpp:94, internal error, NCCL version 2.14.3\nncclInternalError: Internal check "
+            "failed.\nLast error:\nNet : Connection closed by remote peer host<4>",
+        ),
+        (dist.DistBackendError, "NCCL error in: NCCLUtils.cpp:94, unhandled system error, NCCL version 2.28.8"),
+        (dist.DistBackendError, "NCCL communicator was aborted on rank 2. Original reason for failure was: watchdog"),
+        (RuntimeError, "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7) ran for 1800 s"),
+        (dist.DistNetworkError, "failed to recv, got 0 bytes. Connection was likely closed. Did the server crash?"),
+    ],
+)
+def test_a_lost_peer_is_known_by_the_words_of_gloo_and_nccl(kind, words):
+    with pytest.raises(PeerLost, match=r"^another rank has stopped") as caught, naming_lost_peers():
+        raise kind(f"{words}\nException raised from create at a.cpp:7 (most recent call first):\nframe #0: c10")
+    said = str(caught.value)
+    assert said.endswith(f"({' '.join(words.split())})") and "frame #0" not in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        dist.DistBackendError("NCCL error in: a.cpp:1, invalid usage\nLast error:\nDuplicate GPU detected : rank 1"),
+        torch.cuda.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("shapes differ"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_other_errors_stay_what_they_are(error):
+    with pytest.raises(type(error)) as caught, naming_lost_peers():
+        raise error
+    assert caught.value is error
 
 
 @pytest.mark.slow

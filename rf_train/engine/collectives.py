@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rf_train.engine.devices import gpu_is_usable, gpu_of_rank
 from rf_train.settings import differences
+
+# What gloo and PyTorch's store say when a peer is gone, and what NCCL says.
+_LOST = re.compile(r"(closed|reset) by peer|connection was likely closed", re.IGNORECASE)
+_LOST_NCCL = re.compile(
+    r"remote process exited|connection closed|unhandled system error|communicator was aborted|watchdog", re.IGNORECASE
+)
 
 
 class RunError(RuntimeError):
@@ -39,11 +47,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_ranks() -> Ranks:
-    """Joins the ranks that the launcher started. Without a launcher, this process is the only rank."""
-    import deepspeed
-    from deepspeed.ops import __compatible_ops__
+def ranks_on_this_machine() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
 
+
+def start_ranks() -> Ranks:
+    """Joins the ranks that the launcher started. Without a launcher, this process is the only rank.
+
+    Raises ValueError when there are GPUs, and none that this rank can use.
+    """
     if "RANK" not in os.environ:
         alone = {
             "RANK": "0",
@@ -53,16 +65,24 @@ def start_ranks() -> Ranks:
             "MASTER_PORT": str(free_port()),
         }
         os.environ.update(alone)
-    on_gpu = torch.cuda.is_available()
+    ranks_here = ranks_on_this_machine()
+    on_gpu = gpu_is_usable()
     if on_gpu:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        visible, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        index = gpu_of_rank(int(os.environ["LOCAL_RANK"]), ranks_here, visible, named)
+        os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed takes its device from here
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        __compatible_ops__["deepspeed_shm_comm"] = False  # else the first run compiles it for over a minute
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    if not on_gpu:
+        __compatible_ops__["deepspeed_shm_comm"] = False  # else the first run compiles it for over a minute
     backend = "nccl" if on_gpu else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=30))
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
@@ -74,9 +94,11 @@ def naming_lost_peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if any(words in str(error) for words in ("closed by peer", "reset by peer")):
-            reason = str(error).splitlines()[0]
-            raise PeerLost(f"another rank has stopped; see its own error, if it printed one ({reason})") from error
+        said = str(error)
+        if _LOST.search(said) or ("nccl" in said.lower() and _LOST_NCCL.search(said)):
+            reason = " ".join(said.split("Exception raised from")[0].split())  # without C++'s stack
+            lost = "another rank has stopped, or the network failed; see that rank's own error, if it printed one"
+            raise PeerLost(f"{lost} ({reason})") from error
         raise
 
 
