@@ -31,8 +31,9 @@ from rf_train.engine.collectives import Ranks, start_ranks
 from rf_train.engine.devices import memory_of
 from rf_train.engine.zero import Engine, build_engine
 from rf_train.model import elementwise
-from rf_train.model.attention import CUDA_KERNELS, PassLayout, two_stream_attention, use_kernel
+from rf_train.model.attention import PassLayout, two_stream_attention
 from rf_train.model.chunks import Chunk, Dense, Routed
+from rf_train.model.kernels import CUDA_KERNELS, use_kernel
 from rf_train.model.kv_cache import chunk_means
 from rf_train.model.routing import (
     RoutedAttention,
@@ -40,7 +41,7 @@ from rf_train.model.routing import (
     RoutingPlan,
     choose_slots,
     masked_routing,
-    segment_kernels,
+    routing_kernels,
 )
 from rf_train.model.self_test import self_test
 from rf_train.model.settings import ModelSettings
@@ -187,7 +188,7 @@ class Bench:
         bounds = tuple(range(0, (chunks + 2) * chunk, chunk))
         plan = RoutingPlan((RoutedRows(chunk, chunks, chunks),), bounds, Routed(self.sizes.top_k))
         slots = choose_slots(q, chunk_means(k[:, :, : chunks * chunk], [chunk] * chunks), plan)
-        kernels = segment_kernels(q)
+        kernels = routing_kernels(q)
         assert kernels is not None
         wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
         one = RoutedAttention.apply(q, k, v, slots, plan, kernels, None)

@@ -26,9 +26,9 @@ from rf_train.data.latent_dataset import check_card
 from rf_train.diffusion.sampling import VideoRequest, sample_chunks
 from rf_train.engine import checkpoint
 from rf_train.engine.devices import gpu_is_usable
-from rf_train.model.attention import use_kernel
 from rf_train.model.chunks import Attention, attention_at_any_length
 from rf_train.model.elementwise import use_compiled
+from rf_train.model.kernels import use_kernel
 from rf_train.model.transformer import CausalWan
 
 

@@ -16,9 +16,9 @@ from rf_train.config import Recipe
 from rf_train.engine.collectives import Ranks, RunError
 from rf_train.engine.deepspeed_json import complete_settings
 from rf_train.engine.sequence_parallel import Ulysses
-from rf_train.model.attention import use_kernel
 from rf_train.model.chunks import Attention
 from rf_train.model.elementwise import use_compiled
+from rf_train.model.kernels import use_kernel
 from rf_train.model.kv_cache import KVCache
 from rf_train.model.transformer import Block, CausalWan, VelocityModel
 

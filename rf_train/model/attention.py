@@ -11,7 +11,6 @@ width.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,10 +19,9 @@ from torch import Tensor
 
 from rf_train.model.chunks import Attention, Chunk, Routed
 from rf_train.model.elementwise import merge_part
+from rf_train.model.kernels import Kernels, flash_kernels
 from rf_train.model.kv_cache import LayerKVCache, chunk_means, consecutive_slices
 from rf_train.model.routing import RoutedRows, RoutingPlan, routed_attention
-
-Kernels = tuple[Callable[..., Any], Callable[..., Any]]  # forward and backward, see `flash_kernels`
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def two_stream_attention(
     bounds = (*(piece.start for piece in (*chunk_slices, *noisy_keys)), k.shape[2])
     plan = routing_plan(routed, bounds, layout.attention)
     of_dense, of_routed = (join_neighbours([block.queries for block in part]) for part in (dense, routed))
-    found = [routed_attention(select_tokens(q, of_routed), k, v, means, plan, stash)]
+    found = [routed_attention(select_tokens(q, of_routed), k, v, means, plan, stash, layout.kernel)]
     if dense:
         places = consecutive_slices([_length(block.queries) for block in dense])
         moved = [replace(block, queries=place) for block, place in zip(dense, places)]
@@ -194,91 +192,6 @@ def _plain_block(q: Tensor, k: Tensor, v: Tensor, block: QueryBlock, kernels: Ke
 
 
 # ---- all query blocks of a pass in few calls of the flash kernel
-
-
-def flash_kernels(q: Tensor, kernel: str = "auto") -> Kernels | None:
-    """(forward, backward) of the device's kernel named `kernel`; "auto" is the fastest that we know for the device.
-
-    forward(q, k, v) -> (out, log-sum-exps [B, H, L] in fp32, the rest that backward needs);
-    backward(grad, q, k, v, out, log-sum-exps, the rest) -> gradients of q, k and v.
-    None if no kernel can take q's device, dtype or head width. On a CPU there is one kernel.
-    """
-    if q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16, torch.float16):
-        return _cpu_forward, _cpu_backward
-    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:
-        return CUDA_KERNELS[_best_on_cuda(q.device, q.shape[-1]) if kernel == "auto" else kernel]
-    return None
-
-
-@lru_cache
-def _best_on_cuda(device: torch.device, head_dim: int) -> str:
-    """cuDNN's kernel is the faster one from Hopper on, for the head widths that it was made for."""
-    hopper = torch.cuda.get_device_capability(device) >= (9, 0)
-    return "cudnn" if hopper and head_dim in (64, 128) and torch.backends.cudnn.is_available() else "fa2"
-
-
-def _cpu_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple]:
-    out, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    return out, log_sums, ()
-
-
-def _cpu_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, _: tuple
-) -> tuple[Tensor, Tensor, Tensor]:
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return backward(grad, q, k, v, out, log_sums, 0.0, False)
-
-
-def _flash_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple]:
-    """FlashAttention-2, or -3 once `use_flash_attention_3` has registered it in its place."""
-    out, log_sums, *rest, _ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
-    return out, log_sums, tuple(rest)
-
-
-def _flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, rest: tuple
-) -> tuple[Tensor, Tensor, Tensor]:
-    cum_q, cum_k, max_q, max_k, seed, offset = rest
-    log_sums = log_sums.contiguous()  # this kernel assumes contiguous memory
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
-    return backward(grad, q, k, v, out, log_sums, cum_q, cum_k, max_q, max_k, 0.0, False, seed, offset)
-
-
-def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple]:
-    out, log_sums, *rest, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
-    return out, log_sums.reshape(q.shape[:3]), tuple(rest)
-
-
-def _cudnn_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, rest: tuple
-) -> tuple[Tensor, Tensor, Tensor]:
-    cum_q, cum_k, max_q, max_k, seed, offset = rest
-    log_sums = log_sums.contiguous()[..., None]
-    backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
-    return backward(grad, q, k, v, out, log_sums, seed, offset, None, cum_q, cum_k, max_q, max_k, 0.0, False)
-
-
-CUDA_KERNELS: dict[str, Kernels] = {
-    "fa2": (_flash_forward, _flash_backward),
-    "cudnn": (_cudnn_forward, _cudnn_backward),
-    "fa3": (_flash_forward, _flash_backward),
-}
-
-
-def use_kernel(kernel: str) -> None:
-    """Prepares the process for an attention kernel. Raises ValueError where it isn't installed.
-
-    FlashAttention-3 is a package of its own. PyTorch registers it in the place of FlashAttention-2, routing included.
-    """
-    if kernel != "fa3":
-        return
-    try:
-        from torch.nn.attention import activate_flash_attention_impl
-
-        activate_flash_attention_impl("FA3")
-    except (ImportError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"model.attention_kernel=fa3: FlashAttention-3 can't be used: {reason}") from None
 
 
 def kernel_calls(blocks: list[QueryBlock]) -> tuple[tuple[slice, ...], list[tuple[slice, slice]]]:

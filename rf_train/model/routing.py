@@ -3,15 +3,15 @@
     chosen = the top k earlier chunks j by q . mean(K_j)       no parameters, no gradient
     out    = one softmax over the tokens of the chosen chunks and of the own chunk
 
-`masked_routing` is the plain reference. `RoutedAttention` does only the selected work, key chunk by key chunk: it
-gathers, for each head and key chunk, the queries that read it, runs one kernel call over all these sequences of unequal
-length, and merges each query's parts by their log-sum-exps. Sizes: B batch, H heads, R queries, L keys, D head width,
+`masked_routing` is the plain reference. `RoutedAttention` does only the selected work. A query's own chunk is dense
+attention. The chosen chunks go key chunk by key chunk: it gathers, for each head and key chunk, the queries that read
+it, and runs one kernel call over all these sequences of unequal length. Each query's parts are merged by their
+log-sum-exps. Sizes: B batch, H heads, R queries, L keys, D head width,
 n slots of a query: the chunks that it reads.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rf_train.model.chunks import Routed
+from rf_train.model.kernels import Kernels, SegmentKernels, Segments, flash_kernels, segment_kernels
 
 SMALL_PAIRS = 2**19  # queries x keys of a head, up to which a CPU is faster with a mask than with many small calls
 GRID = 65535  # sequences in one call of a GPU's variable-length kernel
@@ -46,9 +47,49 @@ class RoutingPlan:
     attention: Routed
 
     @property
-    def slots(self) -> int:
-        """Chunks that a query reads, its own included."""
-        return self.attention.read_chunks + 1
+    def gathered(self) -> tuple[int, ...]:
+        """The bounds of the key chunks that are chosen from: those before some query's own chunk."""
+        return self.bounds[: max(rows.earlier for rows in self.rows) + 1]
+
+    def own_runs(self) -> list["OwnRun"]:
+        """Each query's own chunk, in as few runs as possible."""
+        runs: list[OwnRun] = []
+        begin = 0
+        for rows in self.rows:
+            queries, keys = slice(begin, begin + rows.queries), slice(*self.bounds[rows.own : rows.own + 2])
+            begin = queries.stop
+            if runs and runs[-1].goes_on_with(queries, keys):
+                last = runs.pop()
+                queries, keys = slice(last.queries.start, queries.stop), slice(last.keys.start, keys.stop)
+                runs.append(OwnRun(queries, keys, last.chunks + 1))
+            else:
+                runs.append(OwnRun(queries, keys, 1))
+        return runs
+
+
+@dataclass(frozen=True)
+class OwnRun:
+    """Chunks of equal length whose queries stand next to each other, and so do their keys: one batched call."""
+
+    queries: slice
+    keys: slice
+    chunks: int
+
+    def goes_on_with(self, queries: slice, keys: slice) -> bool:
+        length = (self.queries.stop - self.queries.start) // self.chunks
+        return queries.stop - queries.start == length and self.keys.stop == keys.start
+
+    def of_queries(self, x: Tensor) -> Tensor:
+        """x [B, H, R, ...] -> [B chunks, H, tokens, ...]."""
+        return x[:, :, self.queries].unflatten(2, (self.chunks, -1)).transpose(1, 2).flatten(0, 1)
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """x [B, H, L, D] -> [B chunks, H, tokens, D]."""
+        return x[:, :, self.keys].unflatten(2, (self.chunks, -1)).transpose(1, 2).flatten(0, 1)
+
+    def back(self, x: Tensor) -> Tensor:
+        """[B chunks, H, tokens, ...] -> [B, H, tokens of the run, ...]."""
+        return x.unflatten(0, (-1, self.chunks)).transpose(1, 2).flatten(2, 3)
 
 
 @torch.no_grad()
@@ -82,10 +123,13 @@ def masked_routing(q: Tensor, k: Tensor, v: Tensor, plan: RoutingPlan, slots: Te
 
 
 def routed_attention(
-    q: Tensor, k: Tensor, v: Tensor, means: Tensor, plan: RoutingPlan, stash: dict | None = None
+    q: Tensor, k: Tensor, v: Tensor, means: Tensor, plan: RoutingPlan, stash: dict | None = None, kernel: str = "auto"
 ) -> Tensor:
-    """Routed attention of the queries of `plan.rows`: q [B, H, R, D], k and v [B, H, L, D] -> [B, H, R, D]."""
-    kernels = segment_kernels(q)
+    """Routed attention of the queries of `plan.rows`: q [B, H, R, D], k and v [B, H, L, D] -> [B, H, R, D].
+
+    `kernel`: see `flash_kernels`.
+    """
+    kernels = routing_kernels(q, kernel)
     if stash and "slots" in stash:  # a second choice could differ by rounding from the first one
         slots = stash.pop("slots")
     else:
@@ -102,89 +146,13 @@ def routed_attention(
 # ---- the fast path
 
 
-class Segments(NamedTuple):
-    """Sequences of unequal length: for each of G heads and each key chunk, the gathered queries that read it."""
-
-    begins: Tensor  # int32 [G x chunks + 1], ascending: where the queries of each sequence begin
-    bounds: tuple[int, ...]  # the keys of each chunk, the same for each head
-    longest: int  # no sequence has more queries: a query reads a chunk once
+RoutingKernels = tuple[Kernels, SegmentKernels]  # for the own chunk, and for the chosen ones
 
 
-# forward(q [T, D], k [G, L, D], v, segments) -> (out [T, D], log-sum-exps fp32 [T], the rest that backward needs)
-# backward(grad, q, k, v, out, log-sum-exps, segments, rest) -> gradients of q [T, D], k and v [G, L, D]
-SegmentKernels = tuple[Callable[..., Any], Callable[..., Any]]
-
-
-def segment_kernels(q: Tensor) -> SegmentKernels | None:
-    """The device's kernels for `Segments`; None if they can't take q's device, dtype or head width."""
-    if q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16, torch.float16):
-        return _cpu_forward, _cpu_backward
-    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:
-        return _cuda_forward, _cuda_backward
-    return None
-
-
-def _of_head(head: int, segments: Segments) -> Iterator[tuple[slice, slice]]:
-    """(queries, keys) of each sequence of a head that has queries."""
-    chunks = len(segments.bounds) - 1
-    begins = segments.begins[head * chunks : (head + 1) * chunks + 1].tolist()
-    for queries, keys in zip(pairwise(begins), pairwise(segments.bounds)):
-        if queries[0] < queries[1]:
-            yield slice(*queries), slice(*keys)
-
-
-def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor, tuple]:
-    out, log_sums = torch.empty_like(q), q.new_empty(len(q), dtype=torch.float32)
-    for head in range(len(k)):
-        for queries, keys in _of_head(head, segments):
-            one = [x[None, None] for x in (q[queries], k[head, keys], v[head, keys])]
-            part, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*one)
-            out[queries], log_sums[queries] = part[0, 0], sums.flatten()
-    return out, log_sums, ()
-
-
-def _cpu_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, segments: Segments, _: tuple
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    for head in range(len(k)):
-        for queries, keys in _of_head(head, segments):
-            rows = [x[queries][None, None] for x in (grad, q, out, log_sums)]
-            own = [x[head, keys][None, None] for x in (k, v)]
-            parts = backward(rows[0], rows[1], *own, rows[2], rows[3], 0.0, False)
-            dq[queries], dk[head, keys], dv[head, keys] = (part[0, 0] for part in parts)
-    return dq, dk, dv
-
-
-@lru_cache(maxsize=64)
-def _key_begins(heads: int, bounds: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32: where the keys of each sequence begin, head after head. Kept, because a copy from the host waits."""
-    begins = torch.tensor(bounds[:-1], dtype=torch.int32) + bounds[-1] * torch.arange(heads, dtype=torch.int32)[:, None]
-    return F.pad(begins.flatten(), (0, 1), value=heads * bounds[-1]).to(device)
-
-
-def _cuda_lengths(k: Tensor, segments: Segments) -> tuple[Tensor, Tensor, int, int]:
-    """What FlashAttention's variable-length kernels want: begins of queries and of keys, and the longest of both."""
-    longest = max(end - begin for begin, end in pairwise(segments.bounds))
-    return segments.begins, _key_begins(len(k), segments.bounds, k.device), segments.longest, longest
-
-
-def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor, tuple]:
-    lengths = _cuda_lengths(k, segments)
-    rows = (q[:, None], *(x.reshape(-1, 1, x.shape[-1]) for x in (k, v)))
-    out, log_sums, seed, unused, _ = torch.ops.aten._flash_attention_forward(*rows, *lengths, 0.0, False, False)
-    return out[:, 0], log_sums[0], (*lengths, seed, unused)
-
-
-def _cuda_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, segments: Segments, rest: tuple
-) -> tuple[Tensor, Tensor, Tensor]:
-    *lengths, seed, unused = rest
-    rows = (grad[:, None], q[:, None], *(x.reshape(-1, 1, x.shape[-1]) for x in (k, v)), out[:, None])
-    backward = torch.ops.aten._flash_attention_backward
-    dq, dk, dv = backward(*rows, log_sums[None].contiguous(), *lengths, 0.0, False, seed, unused)
-    return dq[:, 0], dk.view(k.shape), dv.view(v.shape)
+def routing_kernels(q: Tensor, kernel: str = "auto") -> RoutingKernels | None:
+    """The device's kernels; None if they can't take q's device, dtype or head width."""
+    dense, segments = flash_kernels(q, kernel), segment_kernels(q)
+    return (dense, segments) if dense and segments else None
 
 
 class Gather(NamedTuple):
@@ -196,17 +164,16 @@ class Gather(NamedTuple):
 
     @classmethod
     def of(cls, slots: Tensor, plan: RoutingPlan) -> "Gather":
-        """slots [G, R, n]: see `choose_slots`."""
-        heads, chunks = len(slots), len(plan.bounds) - 1
-        key = slots.long() + chunks * torch.arange(heads, device=slots.device)[:, None, None]
+        """slots [G, R, n + 1]: see `choose_slots`. The last one, the own chunk, is left out."""
+        heads, queries, slots_and_own = slots.shape
+        chunks, count = len(plan.gathered) - 1, slots_and_own - 1
+        key = slots[..., :-1].long() + chunks * torch.arange(heads, device=slots.device)[:, None, None]
         ordered, order = key.flatten().sort(stable=True)
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
         every = torch.arange(heads * chunks + 1, device=slots.device)
         begins = torch.searchsorted(ordered, every, out_int32=True)
-        return cls(
-            order // slots.shape[2], place.view(-1, slots.shape[2]), Segments(begins, plan.bounds, slots.shape[1])
-        )
+        return cls(order // count, place.view(-1, count), Segments(begins, plan.gathered, queries))
 
 
 def bytes_per_head(queries: int, slots: int, width: int, itemsize: int) -> int:
@@ -222,58 +189,74 @@ def heads_at_once(heads: int, chunks: int, head_bytes: int, device: str) -> int:
 def head_groups(q: Tensor, plan: RoutingPlan) -> list[tuple[int, slice]]:
     """(clip, heads) of each group of heads that is computed at once: q [B, H, R, D]."""
     batch, heads, queries, width = q.shape
-    one = bytes_per_head(queries, plan.slots, width, q.element_size())
-    size = heads_at_once(heads, len(plan.bounds), one, q.device.type)
+    one = bytes_per_head(queries, plan.attention.read_chunks, width, q.element_size())
+    size = heads_at_once(heads, len(plan.gathered), one, q.device.type)
     return [(clip, slice(begin, begin + size)) for clip in range(batch) for begin in range(0, heads, size)]
 
 
 class RoutedAttention(torch.autograd.Function):
     """The attention of all queries that choose. `apply(q, k, v, slots, plan, kernels, stash)` -> [B, H, R, D].
 
-    q [B, H, R, D]: the queries of `plan.rows`; k, v [B, H, L, D]: all keys. Backward runs the kernel's backward on each
-    part with the output and the log-sum-exp of the whole row, which is exact: see `TwoStreamAttention`. `stash` is for
-    selective recomputation, as there. Sums over a query's parts are fp32 and in a fixed order.
+    q [B, H, R, D]: the queries of `plan.rows`; k, v [B, H, L, D]: all keys. Backward runs the kernels' backward on each
+    part with the output and the log-sum-exp of the whole row, which is exact. `stash` is for selective recomputation:
+    see `two_stream_attention`. Sums over a query's parts are fp32 and in a fixed order.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, plan: RoutingPlan, kernels: SegmentKernels,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, plan: RoutingPlan, kernels: RoutingKernels,
         stash: dict | None,
     ) -> Tensor:  # fmt: skip
         if stash and "routing" in stash:
             out, log_sums, rests = stash.pop("routing")
         else:
-            rests = []
+            (dense, _), (segmented, _) = kernels
+            rests, keys = [], slice(0, plan.gathered[-1])
             out, log_sums = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+            for run in plan.own_runs():
+                part, sums, rest = dense(run.of_queries(q), run.of_keys(k), run.of_keys(v))
+                out[:, :, run.queries], log_sums[:, :, run.queries] = run.back(part), run.back(sums)
+                rests.append(rest)
             for clip, heads in head_groups(q, plan):
                 gather = Gather.of(slots[clip, heads], plan)
                 rows = q[clip, heads].flatten(0, 1).index_select(0, gather.source)
-                parts, sums, rest = kernels[0](rows, k[clip, heads], v[clip, heads], gather.segments)
+                parts, sums, rest = segmented(rows, k[clip, heads, keys], v[clip, heads, keys], gather.segments)
                 rests.append(rest)
-                sums = sums[gather.place]  # (G R, n)
-                total = sums.logsumexp(dim=1)
+                sums, own_sums = sums[gather.place], log_sums[clip, heads].flatten()  # (G R, n), (G R)
+                total = torch.logaddexp(sums.logsumexp(dim=1), own_sums)
                 merged = _weighted_sum(parts, gather.place, (sums - total[:, None]).exp())
+                merged += out[clip, heads].flatten(0, 1).float() * (own_sums - total).exp()[:, None]
                 out[clip, heads] = merged.view_as(out[clip, heads]).to(q.dtype)
                 log_sums[clip, heads] = total.view_as(log_sums[clip, heads])
             if stash is not None:
                 # Detached: `out` will hold the graph, and the graph holds the stash.
                 stash["routing"] = out.detach(), log_sums, rests
         ctx.save_for_backward(q, k, v, out, log_sums, slots)
-        ctx.plan, ctx.backward_kernel, ctx.rests = plan, kernels[1], rests
+        ctx.plan, ctx.kernels, ctx.rests = plan, kernels, rests
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, log_sums, slots = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for (clip, heads), rest in zip(head_groups(q, ctx.plan), ctx.rests):
-            gather = Gather.of(slots[clip, heads], ctx.plan)
-            each = (x[clip, heads].flatten(0, 1) for x in (grads[0], q, out, log_sums))
-            grad, *rows, sums = (x.index_select(0, gather.source) for x in each)
-            parts, dk[clip, heads], dv[clip, heads] = ctx.backward_kernel(
-                grad, rows[0], k[clip, heads], v[clip, heads], rows[1], sums, gather.segments, rest
-            )
-            dq[clip, heads] = _weighted_sum(parts, gather.place, None).view_as(dq[clip, heads]).to(q.dtype)
+        plan, grad, rests, keys = ctx.plan, grads[0], iter(ctx.rests), slice(0, ctx.plan.gathered[-1])
+        (_, dense), (_, segmented) = ctx.kernels
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for run in plan.own_runs():
+            of_queries = [run.of_queries(x) for x in (grad, q, out, log_sums)]
+            parts = dense(of_queries[0], of_queries[1], run.of_keys(k), run.of_keys(v), *of_queries[2:], next(rests))
+            dq[:, :, run.queries], dk[:, :, run.keys], dv[:, :, run.keys] = map(run.back, parts)
+        for clip, heads in head_groups(q, plan):
+            gather = Gather.of(slots[clip, heads], plan)
+            each = (x[clip, heads].flatten(0, 1) for x in (grad, q, out, log_sums))
+            part_grad, *rows, sums = (x.index_select(0, gather.source) for x in each)
+            parts, part_dk, part_dv = segmented(
+                part_grad, rows[0], k[clip, heads, keys], v[clip, heads, keys], rows[1], sums, gather.segments,
+                next(rests),
+            )  # fmt: skip
+            own = dq[clip, heads]
+            own += _weighted_sum(parts, gather.place, None).view_as(own)
+            dk[clip, heads, keys] += part_dk
+            dv[clip, heads, keys] += part_dv
         return dq, dk, dv, None, None, None, None
 
 

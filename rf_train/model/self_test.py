@@ -21,7 +21,7 @@ from rf_train.model.routing import (
     RoutingPlan,
     choose_slots,
     masked_routing,
-    segment_kernels,
+    routing_kernels,
 )
 from rf_train.model.transformer import CausalWan
 
@@ -189,7 +189,7 @@ def check_routing(model: CausalWan, clip: ProbeClip) -> list[float]:
     dense = F.scaled_dot_product_attention(q, k, v)
     slots = [choose_slots(q, means, plan) for plan in (every, one)]
     masked = masked_routing(q, k, v, one, slots[1])
-    kernels = segment_kernels(q)
+    kernels = routing_kernels(q)
     if kernels is None:
         found = [masked_routing(q, k, v, every, slots[0]), masked]
     else:

@@ -171,9 +171,9 @@ def routing_working_bytes(case: StageCase, model_pass: ModelPass) -> int:
     queries = routed_queries(case, model_pass, False)
     if not isinstance(case.attention, Routed) or not queries:
         return 0
-    model, slots = case.recipe.model, case.attention.read_chunks + 1
+    model, slots = case.recipe.model, case.attention.read_chunks
     one = bytes_per_head(queries, slots, model.head_dim, case.value_bytes)
-    return one * heads_at_once(model.heads // case.sequence_ranks, 2 * len(case.chunk_sizes), one, case.cluster.device)
+    return one * heads_at_once(model.heads // case.sequence_ranks, len(case.chunk_sizes), one, case.cluster.device)
 
 
 def block_saved(case: StageCase, last: bool) -> dict[str, int]:

@@ -5,9 +5,9 @@ from itertools import chain
 import pytest
 import torch
 
-from rf_train.model.attention import CUDA_KERNELS
 from rf_train.model.chunks import Dense, Routed
 from rf_train.model.elementwise import compiled, graphs_compiled
+from rf_train.model.kernels import CUDA_KERNELS
 from rf_train.model.self_test import self_test
 from rf_train.model.settings import KERNELS
 from tests.conftest import random_clip

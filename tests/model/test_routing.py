@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rf_train.model import routing
+from rf_train.model import kernels, routing
 from rf_train.model.attention import PassLayout, two_stream_attention
 from rf_train.model.chunks import Attention, Chunk, Dense, Routed
 from rf_train.model.kv_cache import LayerKVCache, chunk_means
@@ -118,7 +118,7 @@ def test_the_fast_path_equals_the_mask_with_the_same_choices(device, top_k, wind
     *inputs, weight = (torch.randn(shape, generator=stream).transpose(1, 2).to(device) for shape in shapes)
     inputs = [x.to(kernel_dtype(device)).requires_grad_() for x in inputs]
     slots = choose_slots(inputs[0], chunk_means(inputs[1][:, :, : bounds[-2]], lengths[:-1]), plan)
-    out = routing.RoutedAttention.apply(*inputs, slots, plan, routing.segment_kernels(inputs[0]), None)
+    out = routing.RoutedAttention.apply(*inputs, slots, plan, routing.routing_kernels(inputs[0]), None)
     expected = masked_routing(*(x.double() for x in inputs), plan, slots)
     found, wanted = (with_gradients(result, inputs, weight) for result in (out, expected))
     assert_equal(found, wanted, precision(device))
@@ -200,7 +200,7 @@ def test_a_chunk_that_no_query_chose_gets_no_gradient_and_the_others_do(device):
     means = torch.tensor([0.0, 0.0, 1.0, 0.0], device=device)[None, None, :, None] * q.detach().mean(2, keepdim=True)
     slots = choose_slots(q.detach().mean(2, keepdim=True).expand_as(q), means, plan)
     assert (slots[..., 0] == 2).all() and (slots[..., 1] == 4).all()
-    out = routing.RoutedAttention.apply(q, k, v, slots, plan, routing.segment_kernels(q), None)
+    out = routing.RoutedAttention.apply(q, k, v, slots, plan, routing.routing_kernels(q), None)
     dk, dv = torch.autograd.grad(out.square().sum(), (k, v))
     for grad in (dk, dv):
         touched = grad.unflatten(2, (5, 3)).abs().sum(dim=(0, 1, 3, 4)) > 0
@@ -270,21 +270,33 @@ def test_the_cache_has_the_mean_key_of_each_chunk_and_drops_it_with_the_chunk(de
 
 def test_the_calls_of_the_gpu_kernels_have_the_shapes_that_these_kernels_take():
     """On meta tensors, where PyTorch checks shapes without a GPU."""
-    heads, keys, rows = 2, 12, 10
+    heads, keys, rows = 2, 10, 10
     plan = RoutingPlan((RoutedRows(rows, 3, 3),), (0, 2, 6, 10, 12), Routed(2))
     slots = torch.tensor([0, 1, 3], dtype=torch.int16).expand(heads, rows, 3)
     segments = Gather.of(slots, plan).segments
-    assert segments.begins.tolist() == [0, 10, 20, 20, 30, 40, 50, 50, 60]  # nobody chose chunk 2
-    begins, key_begins, longest_q, longest_k = routing._cuda_lengths(torch.empty(heads, keys, 16), segments)
+    assert segments.begins.tolist() == [0, 10, 20, 20, 30, 40, 40]  # nobody chose chunk 2; chunk 3 is their own
+    begins, key_begins, longest_q, longest_k = kernels._cuda_lengths(torch.empty(heads, keys, 16), segments)
     assert begins.dtype == key_begins.dtype == torch.int32 and len(begins) == len(key_begins)
-    assert key_begins.tolist() == [0, 2, 6, 10, 12, 14, 18, 22, 24] and (longest_q, longest_k) == (rows, 4)
+    assert key_begins.tolist() == [0, 2, 6, 10, 12, 16, 20] and (longest_q, longest_k) == (rows, 4)
     meta = segments._replace(begins=segments.begins.to("meta"))
-    q = torch.empty(60, 16, dtype=torch.bfloat16, device="meta")
+    q = torch.empty(40, 16, dtype=torch.bfloat16, device="meta")
     k, v = (torch.empty(keys, heads, 16, dtype=torch.bfloat16, device="meta").transpose(0, 1) for _ in range(2))
-    out, log_sums, rest = routing._cuda_forward(q, k, v, meta)
-    assert out.shape == q.shape and log_sums.shape == (60,) and log_sums.dtype == torch.float32
-    dq, dk, dv = routing._cuda_backward(torch.empty_like(q), q, k, v, out, log_sums, meta, rest)
+    out, log_sums, rest = kernels._varlen_forward(q, k, v, meta)
+    assert out.shape == q.shape and log_sums.shape == (40,) and log_sums.dtype == torch.float32
+    dq, dk, dv = kernels._varlen_backward(torch.empty_like(q), q, k, v, out, log_sums, meta, rest)
     assert dq.shape == q.shape and dk.shape == k.shape and dv.shape == v.shape
+
+
+@pytest.mark.parametrize("kernel", kernels.CUDA_KERNELS)
+def test_the_dense_kernels_of_a_gpu_give_log_sums_per_query(kernel):
+    """Also on meta tensors, laid out as the model does, with slices of queries."""
+    forward, backward = kernels.CUDA_KERNELS[kernel]
+    q, k, v = (torch.empty(2, 9, 3, 64, dtype=torch.bfloat16, device="meta").transpose(1, 2) for _ in range(3))
+    out, log_sums, rest = forward(q[:, :, :4], k, v)
+    assert out.shape == (2, 3, 4, 64) and log_sums.shape == (2, 3, 4) and log_sums.dtype == torch.float32
+    whole = torch.empty(2, 3, 9, device="meta")
+    grads = backward(out, q[:, :, :4], k, v, out, whole[:, :, :4], rest)
+    assert [grad.shape for grad in grads] == [(2, 3, 4, 64), (2, 3, 9, 64), (2, 3, 9, 64)]
 
 
 def test_selective_recomputation_takes_choice_and_result_from_the_stash_and_holds_no_graph(monkeypatch, device):
