@@ -21,14 +21,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from rf_train.bench_gpu import bench_gpu
+from rf_train.bench_gpu import bench_gpu, random_batch, two_streams, visible
 from rf_train.bench_self_forcing import MODEL_FILE
 from rf_train.config import Recipe, Stage
 from rf_train.diffusion.batch import Batch
 from rf_train.diffusion.flow_matching import FlowSettings
-from rf_train.diffusion.histories import Autoregressive, make_history
+from rf_train.diffusion.histories import make_history
 from rf_train.diffusion.loss import training_loss
-from rf_train.diffusion.randomness import LOSS_DRAWS, make_draws
 from rf_train.engine.collectives import start_ranks
 from rf_train.engine.zero import build_engine
 from rf_train.model.attention import PassLayout, two_stream_attention
@@ -37,6 +36,7 @@ from rf_train.model.kv_cache import LayerKVCache, chunk_means
 from rf_train.model.routing import RoutedRows, RoutingPlan, choose_slots, masked_routing
 from rf_train.model.settings import ModelSettings
 from rf_train.model.transformer import CausalWan
+from rf_train.planning.costs import Clip
 
 Result = tuple[list[str], dict]  # lines for people, and the figures
 
@@ -86,42 +86,17 @@ def attention_flop(heads: int, head_dim: int, chunk: int, chunks: int) -> float:
     return 4.0 * heads * head_dim * chunk**2 * chunks**2
 
 
-def dense_mask(chunk: int, chunks: int) -> Tensor:
-    """bool [L, L] over history chunks 1 .. N - 1, then noisy chunks 1 .. N: the mask of a masked implementation."""
-    index = torch.cat([torch.arange(chunks - 1), torch.arange(chunks)]).repeat_interleave(chunk)
-    noisy = torch.arange(len(index)) >= (chunks - 1) * chunk
-    q, k = index[:, None], index[None]
-    of_noisy = (~noisy[None] & (k < q)) | (noisy[None] & (k == q))
-    of_history = ~noisy[None] & (k <= q)
-    return torch.where(noisy[:, None], of_noisy, of_history).to(device())
-
-
-def two_streams(chunk: int, chunks: int, top_k: int = 0) -> PassLayout:
-    """A training pass of N chunks of `chunk` tokens, routed if `top_k` is set."""
-    all_chunks = tuple(Chunk(index, chunk) for index in range(chunks))
-    return PassLayout(all_chunks[:-1], all_chunks, Routed(top_k) if top_k else Dense())
-
-
 def random_qkv(heads: int, head_dim: int, layout: PassLayout) -> list[Tensor]:
     tokens = sum(chunk.length for chunk in (*layout.history, *layout.noisy))
     shape = (1, heads, tokens, head_dim)
     return [torch.randn(shape, dtype=dtype(), device=device(), requires_grad=True) for _ in range(3)]
 
 
-def random_batch(settings: ModelSettings, chunks: int, side: int) -> Batch:
-    """One random clip of `chunks` chunks, side x side tokens per latent frame, with the draws of self-resampling."""
-    frames = chunks * settings.chunk
-    x = torch.randn(1, settings.channels, frames, settings.patch * side, settings.patch * side)
-    text = torch.randn(1, settings.text_len, settings.text_dim)
-    draws = make_draws({**LOSS_DRAWS, **Autoregressive.draws}, 0, 0, ["a"], tuple(x.shape[1:]), chunks)
-    return Batch(["a"], x, text, draws, settings.chunking.sizes(frames)).to(device())
-
-
 def bench_attention(options: argparse.Namespace) -> Result:
     """Compares two-stream attention with attention under a dense mask, and with the device's matrix-multiply rate."""
     heads, chunk, chunks = options.heads, options.tokens, options.chunks
     head_dim = 128 if torch.cuda.is_available() else 64
-    layout, mask = two_streams(chunk, chunks), dense_mask(chunk, chunks)
+    layout, mask = two_streams(chunk, chunks, Dense()), visible(chunk, chunks).to(device())
     q, k, v = random_qkv(heads, head_dim, layout)
     grad = torch.randn_like(q)
     a, b = (torch.randn(SIZE, SIZE, dtype=dtype(), device=device()) for _ in range(2))
@@ -171,11 +146,11 @@ def bench_routing(options: argparse.Namespace) -> Result:
     few, many = options.chunks, 4 * options.chunks
     seconds: dict[str, float] = {}
     for chunks in (few, many):
-        qkv = random_qkv(heads, head_dim, two_streams(chunk, chunks))
+        qkv = random_qkv(heads, head_dim, two_streams(chunk, chunks, Dense()))
         grad = torch.randn_like(qkv[0])
         functions: dict[str, Callable[[], object]] = {
-            name: partial(forward_and_backward, qkv, two_streams(chunk, chunks, k), grad)
-            for name, k in ((f"routed {chunks}", top_k), (f"dense {chunks}", 0))
+            name: partial(forward_and_backward, qkv, two_streams(chunk, chunks, attention), grad)
+            for name, attention in ((f"routed {chunks}", Routed(top_k)), (f"dense {chunks}", Dense()))
         }
         if chunks == few:
             functions[f"mask {few}"] = partial(masked_by_chunk, qkv, chunk, few, top_k, grad)
@@ -250,7 +225,7 @@ def generated_chunk(heads: int, head_dim: int, chunk: int, history: int, top_k: 
 
 def run_attention(heads: int, head_dim: int, chunk: int, chunks: int, top_k: int = 0) -> None:
     """One forward and backward of two-stream attention, routed if `top_k` is set."""
-    layout = two_streams(chunk, chunks, top_k)
+    layout = two_streams(chunk, chunks, Routed(top_k) if top_k else Dense())
     q, k, v = random_qkv(heads, head_dim, layout)
     two_stream_attention(q, k, v, layout).sum().backward()
 
@@ -371,7 +346,8 @@ def bench_step(options: argparse.Namespace) -> Result:
         training_loss(model, batch, history, flow, stage.attention).loss.backward()
 
     for chunks in (7, 21):
-        batch = random_batch(settings, chunks, options.side)
+        side = settings.patch * options.side
+        batch = random_batch(settings, Clip(chunks * settings.chunk, side, side)).to(device())
         seconds = timed({"rollout": partial(rollout, batch), "training": partial(training_pass, batch)}, options.rounds)
         share = seconds["rollout"] / sum(seconds.values())
         figures[f"rollout_share_{chunks}"] = share
@@ -392,7 +368,7 @@ def bench_rollout(options: argparse.Namespace) -> Result:
     settings = ModelSettings(dim=256, ffn_dim=1024, heads=4, layers=8, text_dim=64, text_len=64)
     recipe = Recipe(model=settings, stages=(Stage(batch=ranks.world_size),))
     stage, chunks = recipe.stages[0], min(options.chunks, 7)
-    batch = random_batch(settings, chunks, 8)
+    batch = random_batch(settings, Clip(chunks * settings.chunk, 16, 16)).to(device())
     passes = len(stage.history.rollout_passes(batch.chunk_sizes))
     gathers = {"once": True, "in every pass": False}
     engines = {name: build_engine(recipe, ranks) for name in gathers}

@@ -105,8 +105,9 @@ class Bench:
         for name, part in parts.items():
             if wanted and not any(name == word or (word not in parts and name.startswith(word)) for word in wanted):
                 continue
-            if time.monotonic() > self.end:
+            if time.monotonic() >= self.end:
                 self.results[name] = {"skipped": "no time left"}
+                self.write()
                 continue
             begin = time.monotonic()
             try:
@@ -253,7 +254,7 @@ class Bench:
         case = with_kept_blocks(StageCase(recipe, recipe.stages[0], clip, zero, cluster))
         engine.model.settings = replace(engine.model.settings, attention_kernel=kernel, checkpointing=checkpointing)
         engine.model.kept_blocks = case.kept_blocks
-        batch = self.batch(recipe, clip)
+        batch = random_batch(recipe.model, clip).to(self.device)
         with elementwise.compiled(compiled):
             before = elementwise.graphs_compiled()
             warm = self.step_seconds(engine, recipe, batch) if warm_up else {}
@@ -372,16 +373,16 @@ class Bench:
             self._engine.set_batch(1)
         return self._engine
 
-    def batch(self, recipe: Recipe, clip: Clip) -> Batch:
-        model = recipe.model
-        shape = (model.channels, clip.frames, clip.height, clip.width)
-        sizes = model.chunking.sizes(clip.frames)
-        draws = make_draws({**LOSS_DRAWS, **Autoregressive.draws}, 0, 0, ["a"], shape, len(sizes))
-        x, text = torch.randn(1, *shape), torch.randn(1, model.text_len, model.text_dim)
-        return Batch(["a"], x, text, draws, sizes).to(self.device)
+
+def random_batch(model: ModelSettings, clip: Clip) -> Batch:
+    """One random clip, with the draws of self-resampling."""
+    shape = (model.channels, clip.frames, clip.height, clip.width)
+    sizes = model.chunking.sizes(clip.frames)
+    draws = make_draws({**LOSS_DRAWS, **Autoregressive.draws}, 0, 0, ["a"], shape, len(sizes))
+    return Batch(["a"], torch.randn(1, *shape), torch.randn(1, model.text_len, model.text_dim), draws, sizes)
 
 
-def two_streams(chunk: int, chunks: int, attention: Dense | Routed, kernel: str) -> PassLayout:
+def two_streams(chunk: int, chunks: int, attention: Dense | Routed, kernel: str = "auto") -> PassLayout:
     """A training pass of N chunks of `chunk` tokens."""
     every = tuple(Chunk(index, chunk) for index in range(chunks))
     return PassLayout(every[:-1], every, attention, kernel=kernel)

@@ -44,6 +44,21 @@ def test_a_benchmark_prints_its_figures(arguments, figure, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("minutes", ["10", "0"])
+def test_the_gpus_benchmark_runs_at_toy_sizes_and_says_what_it_left_out(tmp_path, minutes):
+    parts = [word for part in ("values", "step 5 s, eager") for word in ("--part", part)]
+    arguments = ["gpu", "--out", str(tmp_path), "--minutes", minutes, *parts]
+    [out] = run_distributed(bench_on_this_rank, 1, arguments=arguments)
+    figures = json.loads(out.splitlines()[-1])
+    assert figures.pop("bench") == "gpu" and figures == json.loads((tmp_path / "results.json").read_text())
+    if minutes == "0":
+        assert set(map(str, figures.values())) == {"{'skipped': 'no time left'}"}
+        return
+    assert figures["values routed"]["dk"] < 0.01 and figures["step 5 s, eager"]["seconds"] > 0
+    assert figures["step 5 s, eager"]["graphs_compiled"] == 0
+
+
+@pytest.mark.slow
 def test_gathering_once_or_in_every_pass_gives_the_same_losses():
     """On one rank that a launcher started."""
     [out] = run_distributed(bench_on_this_rank, 1, arguments=["rollout", "--chunks", "2", "--rounds", "1"])
