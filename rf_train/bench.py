@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_prep.command import one_line
 from rf_train.bench_gpu import bench_gpu, random_batch, two_streams, visible
 from rf_train.bench_self_forcing import MODEL_FILE
 from rf_train.config import Recipe, Stage
@@ -443,7 +444,12 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
     if options.self_forcing is not None and not (options.self_forcing / MODEL_FILE).is_file():
         parser.error(f"--self-forcing {options.self_forcing}: has no {MODEL_FILE}")
-    lines, figures = BENCHES[options.name](options)
+    if not 0 <= options.minutes < float("inf"):
+        parser.error(f"--minutes {options.minutes}: must be at least 0")
+    try:
+        lines, figures = BENCHES[options.name](options)
+    except (ValueError, OSError) as error:
+        parser.error(one_line(error))
     if figures:
         print("\n".join([*lines, json.dumps(figures)]), flush=True)
     return 0

@@ -101,7 +101,12 @@ class Bench:
     # ---- running the parts
 
     def run(self, wanted: list[str]) -> None:
+        """Runs the parts that are named in full or by how they begin; all, if none is named."""
         parts = self.parts()
+        unknown = [word for word in wanted if not any(name.startswith(word) for name in parts)]
+        if unknown:
+            raise ValueError(f"--part {unknown[0]}: no such part; the parts are: {', '.join(parts)}")
+        self.out.mkdir(parents=True, exist_ok=True)
         for name, part in parts.items():
             if wanted and not any(name == word or (word not in parts and name.startswith(word)) for word in wanted):
                 continue
@@ -120,7 +125,6 @@ class Bench:
             self.write()
 
     def write(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
         write_atomic(self.out / "results.json", json.dumps(self.results, indent=1))
 
     def parts(self) -> dict[str, Callable[[], dict]]:

@@ -78,7 +78,7 @@ def train(recipe: Recipe) -> None:
     )
     Path(recipe.run.out).mkdir(parents=True, exist_ok=True)
     cases = planned_cases(recipe, datasets, ranks)
-    check_memory(cases)
+    check_memory(cases, ranks.rank)
     engine = build_engine(recipe, ranks)
     state = TrainingState(engine, recipe.optimizer.ema)
     first = restore(recipe, state)
@@ -207,16 +207,23 @@ def planned_cases(recipe: Recipe, datasets: dict[str, LatentDataset], ranks: Ran
     return cases
 
 
-def check_memory(cases: list[StageCase]) -> None:
-    """Raises ValueError, on every rank, when a stage needs more memory than a GPU has."""
+def check_memory(cases: list[StageCase], rank: int) -> None:
+    """Raises ValueError, on every rank, when a stage needs more memory than a GPU has. Rank 0 says what would fit."""
     for case in cases:
         if case.cluster.device == "cuda" and not fits(case):
-            found = best(case.recipe, [case.clip for case in cases], case.cluster)
-            advice = f"these settings fit: {' '.join(found.overrides)}" if found.overrides else found.why
-            raise ValueError(
-                f"stage {case.stage.name} needs {memory(case).peak / GIB:.0f} GiB on each GPU, which has "
-                f"{case.cluster.memory / GIB:.0f} GiB, {ROOM:.0%} of them kept free; {advice}"
-            )
+            need = f"stage {case.stage.name} needs {memory(case).peak / GIB:.0f} GiB on each GPU"
+            has = f"it has {case.cluster.memory / GIB:.0f} GiB, {ROOM:.0%} of them kept free"
+            raise ValueError(f"{need}; {has}" + ("" if rank else f"; {what_fits(cases)}"))
+
+
+def what_fits(cases: list[StageCase]) -> str:
+    """The recommended settings for all stages, and the host memory that they take."""
+    found = best(cases[0].recipe, [case.clip for case in cases], cases[0].cluster)
+    if not found.overrides:
+        return found.why
+    host = max(memory(case).host for case in found.cases)
+    taking = f", with {host / GIB:.0f} GiB of host memory for each GPU" if host else ""
+    return f"these settings fit{taking}: {' '.join(found.overrides)}"
 
 
 def check_model(recipe: Recipe, engine: Engine, datasets: dict[str, LatentDataset]) -> None:
@@ -369,7 +376,8 @@ def report_failure(error: BaseException, rank: int, recipe: list[str]) -> int:
 
 def out_of_memory_message(error: torch.cuda.OutOfMemoryError, recipe: list[str]) -> str:
     """What happened, what to look at, and what to change."""
-    plan = f"python -m rf_train.plan {shlex.join(recipe)} --gpus {os.environ.get('WORLD_SIZE', 1)}"
+    memory_here = f" --gpu-memory {torch.cuda.mem_get_info()[1] / GIB:.0f}" if torch.cuda.is_available() else ""
+    plan = f"python -m rf_train.plan {shlex.join(recipe)} --gpus {os.environ.get('WORLD_SIZE', 1)}{memory_here}"
     said = ". ".join(one_line(error).split(". ")[:3])
     return (
         f"out of memory ({said}). This shows what the recipe needs: {plan}. Lower optimizer.micro_batch, set "

@@ -19,10 +19,13 @@ from rf_train.data import batches
 from rf_train.diffusion.batch import Batch
 from rf_train.engine import checkpoint, deepspeed_json
 from rf_train.engine.collectives import PeerLost, Ranks, naming_lost_peers
+from rf_train.planning.costs import Clip
+from rf_train.planning.memory import ROOM, fits, memory
 from rf_train.run_log import read_rows
 from tests.conftest import write_dataset
 from tests.distributed import PROJECT, free_port, rank_environment, run_distributed
 from tests.engine.runs import assert_close, recipe_dict
+from tests.planning.cases import tiny_case
 
 
 def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_its_end():
@@ -319,3 +322,27 @@ def test_when_a_rank_is_killed_the_other_says_so_in_one_line_and_leaves(plain_ru
             process.wait()
     assert ranks[0].returncode == 2
     assert said.splitlines()[-1].startswith("error: another rank has stopped") and "Traceback" not in said
+
+
+# ---- memory
+
+
+def test_a_stage_that_does_not_fit_is_refused_with_settings_that_do():
+    """Rank 0 says which. The others say the same need, without the search."""
+    case = tiny_case(device="cuda", gpus=2, micro_batch=4, checkpointing="none")
+    case = replace(case, clip=Clip(12, 256, 256))  # activations count, not DeepSpeed's buckets
+    enough = memory(case).peak / (1 - ROOM)
+    train.check_memory([replace(case, cluster=replace(case.cluster, memory=1.01 * enough))], rank=0)
+    tight = replace(case, cluster=replace(case.cluster, memory=0.8 * enough))
+    with pytest.raises(ValueError, match=r"stage stage needs .* GiB on each GPU; .*; these settings fit") as told:
+        train.check_memory([tight], rank=0)
+    changed = dict(setting.split("=") for setting in str(told.value).split(": ")[-1].split())
+    assert changed["model.checkpointing"] != "none" or changed["optimizer.micro_batch"] != "4"
+    with pytest.raises(ValueError, match=r"kept free$"):
+        train.check_memory([tight], rank=1)
+
+
+def test_on_a_cpu_nothing_is_refused():
+    case = tiny_case()
+    train.check_memory([replace(case, cluster=replace(case.cluster, memory=1.0))], rank=0)
+    assert case.cluster.device == "cpu" and not fits(replace(case, cluster=replace(case.cluster, memory=1.0)))

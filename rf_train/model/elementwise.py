@@ -19,17 +19,37 @@ from rf_train.model.rope import rotate
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _state = {"compiled": False}
-VARIANTS = 32  # of one function: with and without gradient, first, last and partial chunks, batch sizes
+# Of one function: with and without gradient, first, last and partial chunks, batch sizes. Further ones run uncompiled,
+# and PyTorch logs a warning.
+VARIANTS = 64
 
 
 def use_compiled(on: bool) -> None:
-    """Compiles the functions of this module from now on, or stops using what was compiled."""
+    """Compiles the functions of this module from now on, or stops using what was compiled.
+
+    Raises ValueError where PyTorch's compiler doesn't work.
+    """
     if on:
         import torch._dynamo
 
         limit = torch._dynamo.config
         limit.recompile_limit = max(limit.recompile_limit, VARIANTS)
+        check_compiler()
     _state["compiled"] = on
+
+
+@cache
+def check_compiler() -> None:
+    """Compiles a small function. Raises a one-line ValueError if that fails."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.compile(lambda x: x.exp() + 1)(torch.ones(16, device=device))
+    except Exception as error:  # the compiler's own kinds have no common base
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(
+            f"run.compile=true: PyTorch's compiler does not work here ({reason}); it needs a C++ compiler, for example "
+            "g++. Or set run.compile=false"
+        ) from None
 
 
 @contextmanager
@@ -52,7 +72,7 @@ def graphs_compiled() -> int:
 
 @cache
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True)
+    return torch.compile(function)
 
 
 def fusible(function: Function) -> Function:

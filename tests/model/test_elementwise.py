@@ -5,6 +5,7 @@ from itertools import chain
 import pytest
 import torch
 
+from rf_train.model import elementwise
 from rf_train.model.chunks import Dense, Routed
 from rf_train.model.elementwise import compiled, graphs_compiled
 from rf_train.model.kernels import CUDA_KERNELS
@@ -46,6 +47,22 @@ def test_compiled_equals_eager_and_nothing_is_compiled_later(tiny_model, device,
 def test_a_compiled_model_passes_the_self_test(tiny_model, device):
     with compiled(True):
         self_test(tiny_model(device), 4, [Dense(), Routed(top_k=2)])
+
+
+def test_without_a_compiler_the_error_is_one_line(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("No working C++ compiler found\nmore lines")
+
+    monkeypatch.setattr(torch, "compile", lambda function: broken)
+    elementwise.check_compiler.cache_clear()
+    try:
+        with pytest.raises(
+            ValueError, match=r"run.compile=true: .*No working C\+\+ compiler found.*run.compile=false$"
+        ):
+            elementwise.use_compiled(True)
+    finally:
+        elementwise.check_compiler.cache_clear()
+    assert not elementwise._state["compiled"]
 
 
 def test_every_kernel_has_a_setting():

@@ -27,7 +27,8 @@ def test_a_sound_model_passes(tiny_model, monkeypatch, device, chunks, first_chu
         self_test_module, "check_equal", lambda *given: (compared.append(given[0]), check_equal(*given))[1]
     )
     self_test(tiny_model(device, first_chunk=first_chunk).to(dtype), chunks, ATTENTIONS)
-    assert len(compared) == len(ATTENTIONS) * min(chunks, 4) + 2  # every chunk under every attention, and routing
+    once = len(ATTENTIONS) * min(chunks, 4) + 2  # every chunk under every attention, and routing
+    assert len(compared) == (once if dtype == torch.float32 else 2 * once)  # in bf16, the first blocks again
 
 
 @PRECISIONS
@@ -120,13 +121,22 @@ def routed_parts_are_merged_without_their_weights(monkeypatch):
         (routed_parts_are_merged_without_their_weights, "routed with top_k >= N = dense"),
     ],
 )
-def test_a_broken_model_is_stopped_and_the_check_named(tiny_model, monkeypatch, device, damage, check):
+@PRECISIONS
+def test_a_broken_model_is_stopped_and_the_check_named(tiny_model, monkeypatch, device, damage, check, dtype):
     damage(monkeypatch)
-    model = tiny_model(device)
+    model = tiny_model(device).to(dtype)
     if damage is routed_parts_are_merged_without_their_weights:
         model.to(kernel_dtype(device))  # else a GPU makes no parts
     with pytest.raises(SelfTestError, match=f"self-test '{check}' failed"):
         self_test(model, 4, ATTENTIONS)
+
+
+def test_the_copy_in_fp32_has_the_first_blocks_and_leaves_the_random_numbers_alone(tiny_model, device):
+    model, before = tiny_model(device, layers=3).to(torch.bfloat16), torch.get_rng_state()
+    copy = self_test_module.first_blocks_in_fp32(model)
+    assert torch.equal(torch.get_rng_state(), before) and len(copy.blocks) == 2
+    weights = dict(model.named_parameters())
+    assert all(torch.equal(parameter, weights[name].float()) for name, parameter in copy.named_parameters())
 
 
 def test_features_that_are_not_finite_are_stopped(tiny_model, device):
