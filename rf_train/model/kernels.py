@@ -53,7 +53,7 @@ def _cpu_backward(
 
 
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple]:
-    """FlashAttention-2, or -3 once `use_flash_attention_3` has registered it in its place."""
+    """FlashAttention-2, or -3 once `use_kernel("fa3")` has registered it in its place."""
     out, log_sums, *rest, _ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
     return out, log_sums, tuple(rest)
 

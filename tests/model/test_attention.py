@@ -45,7 +45,7 @@ def in_sight(query: int, key: int, attention: Attention) -> bool:
 )
 def test_attention_and_its_gradients_equal_those_under_a_dense_mask(device, sizes, attention, dtype, allowed):
     allowed = tolerance(device, allowed) if dtype == torch.float32 else allowed
-    compare_with_the_mask(PassLayout(chunks_of(sizes[:-1]), chunks_of(sizes), attention), 16, dtype, device, allowed)
+    check_against_the_mask(PassLayout(chunks_of(sizes[:-1]), chunks_of(sizes), attention), 16, dtype, device, allowed)
 
 
 @pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
@@ -55,10 +55,10 @@ def test_attention_and_its_gradients_equal_those_under_a_dense_mask(device, size
 @pytest.mark.parametrize("kernel", ["fa2", "cudnn"])
 def test_so_do_those_of_every_kernel_of_a_gpu(device, kernel, sizes, attention):
     layout = PassLayout(chunks_of(sizes[:-1]), chunks_of(sizes), attention, kernel=kernel)
-    compare_with_the_mask(layout, 64, torch.bfloat16, device, 4e-2)
+    check_against_the_mask(layout, 64, torch.bfloat16, device, 4e-2)
 
 
-def compare_with_the_mask(layout: PassLayout, width: int, dtype: torch.dtype, device: torch.device, allowed: float):
+def check_against_the_mask(layout: PassLayout, width: int, dtype: torch.dtype, device: torch.device, allowed: float):
     """Result and gradients, relative to the largest value of each."""
     length = layout.history_tokens + sum(chunk.length for chunk in layout.noisy)
     stream = torch.Generator().manual_seed(len(layout.noisy))

@@ -46,7 +46,7 @@ def test_compiled_equals_eager_and_nothing_is_compiled_later(tiny_model, device,
 @pytest.mark.slow
 def test_a_compiled_model_passes_the_self_test(tiny_model, device):
     with compiled(True):
-        self_test(tiny_model(device), 4, [Dense(), Routed(top_k=2)])
+        assert self_test(tiny_model(device), 4, [Dense(), Routed(top_k=2)]) < 1
 
 
 def test_without_a_compiler_the_error_is_one_line(monkeypatch):
