@@ -48,6 +48,7 @@ def free_port() -> int:
 
 
 def ranks_on_this_machine() -> int:
+    """As the launcher says; DeepSpeed's and torchrun's name it differently. Without either, all ranks."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
 
 

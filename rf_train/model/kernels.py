@@ -91,14 +91,17 @@ CUDA_KERNELS: dict[str, Kernels] = {
 def use_kernel(kernel: str) -> None:
     """Prepares the process for an attention kernel. Raises ValueError where it isn't installed.
 
-    FlashAttention-3 is a package of its own. PyTorch registers it in the place of FlashAttention-2, routing included.
+    FlashAttention-3 is a package of its own. PyTorch registers it in the place of FlashAttention-2, routing included,
+    until another kernel is used.
     """
+    from torch.nn import attention
+
     if kernel != "fa3":
+        if attention.current_flash_attention_impl() == "FA3":
+            attention.restore_flash_attention_impl()
         return
     try:
-        from torch.nn.attention import activate_flash_attention_impl
-
-        activate_flash_attention_impl("FA3")
+        attention.activate_flash_attention_impl("FA3")
     except (ImportError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"model.attention_kernel=fa3: FlashAttention-3 can't be used: {reason}") from None

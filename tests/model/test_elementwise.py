@@ -8,9 +8,7 @@ import torch
 from rf_train.model import elementwise
 from rf_train.model.chunks import Dense, Routed
 from rf_train.model.elementwise import compiled, graphs_compiled
-from rf_train.model.kernels import CUDA_KERNELS
 from rf_train.model.self_test import self_test
-from rf_train.model.settings import KERNELS
 from tests.conftest import random_clip
 from tests.model.passes import cached_pass, parallel_pass
 
@@ -63,7 +61,3 @@ def test_without_a_compiler_the_error_is_one_line(monkeypatch):
     finally:
         elementwise.check_compiler.cache_clear()
     assert not elementwise._state["compiled"]
-
-
-def test_every_kernel_has_a_setting():
-    assert {"auto", *CUDA_KERNELS} == set(KERNELS)

@@ -1,5 +1,6 @@
 """Routed attention: the fast path against a reference whose choice is written here, and what it must never build."""
 
+import importlib.util
 import random
 import weakref
 
@@ -13,6 +14,7 @@ from rf_train.model.attention import PassLayout, two_stream_attention
 from rf_train.model.chunks import Attention, Chunk, Dense, Routed
 from rf_train.model.kv_cache import LayerKVCache, chunk_means
 from rf_train.model.routing import Gather, RoutedRows, RoutingPlan, choose_slots, masked_routing, routed_attention
+from rf_train.model.settings import KERNELS
 from tests.conftest import CPU, assert_close, kernel_dtype, tolerance
 
 
@@ -285,6 +287,28 @@ def test_the_calls_of_the_gpu_kernels_have_the_shapes_that_these_kernels_take():
     assert out.shape == q.shape and log_sums.shape == (40,) and log_sums.dtype == torch.float32
     dq, dk, dv = kernels._varlen_backward(torch.empty_like(q), q, k, v, out, log_sums, meta, rest)
     assert dq.shape == q.shape and dk.shape == k.shape and dv.shape == v.shape
+
+
+def test_every_kernel_has_a_setting():
+    assert {"auto", *kernels.CUDA_KERNELS} == set(KERNELS)
+
+
+def test_another_kernel_takes_flash_attention_3_out_again(monkeypatch):
+    """PyTorch has it in the place of FlashAttention-2, which would else run under the wrong name."""
+    done: list[str] = []
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", done.append)
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: done[-1] if done else None)
+    monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", lambda: done.append("restored"))
+    for kernel in ("fa2", "fa3", "cudnn", "fa2"):
+        kernels.use_kernel(kernel)
+    assert done == ["FA3", "restored"]
+
+
+def test_without_the_package_flash_attention_3_is_refused_in_one_line():
+    if importlib.util.find_spec("flash_attn_interface"):
+        pytest.skip("it is installed")
+    with pytest.raises(ValueError, match=r"^model.attention_kernel=fa3: FlashAttention-3 can't be used: .*$"):
+        kernels.use_kernel("fa3")
 
 
 @pytest.mark.parametrize("kernel", kernels.CUDA_KERNELS)
