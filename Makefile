@@ -54,16 +54,15 @@ demo: demo-data
 demo-data: setup
 	$(DRAW) $(DATA)/videos/train --videos 1024 --frames 57 $(WORLD) --seed 0
 	$(DRAW) $(DATA)/videos/long --videos 32 --frames 237 $(WORLD) --seed 1
-	$(ENCODE) $(DATA)/videos/train $(DATA)/train $(CLIPS) --frames 57 --codec default --samples-per-shard 256
-	$(ENCODE) $(DATA)/videos/long $(DATA)/long $(CLIPS) --frames 237 --codec default:$(DATA)/train --samples-per-shard 128
+	$(ENCODE) $(DATA)/videos/train $(DATA)/train $(CLIPS) --frames 57 --codec default
+	$(ENCODE) $(DATA)/videos/long $(DATA)/long $(CLIPS) --frames 237 --codec default:$(DATA)/train
 
 # Ten times the trained length to evaluate on, and clips of twice the length to train on.
 evidence: demo-data
 	$(DRAW) $(DATA)/videos/ten --videos 16 --frames 597 $(WORLD) --seed 2
 	$(DRAW) $(DATA)/videos/train_long --videos 512 --frames 117 $(WORLD) --seed 3
-	$(ENCODE) $(DATA)/videos/ten $(DATA)/ten $(CLIPS) --frames 597 --codec default:$(DATA)/train --samples-per-shard 128
-	$(ENCODE) $(DATA)/videos/train_long $(DATA)/train_long $(CLIPS) --frames 117 --codec default:$(DATA)/train \
-		--samples-per-shard 256
+	$(ENCODE) $(DATA)/videos/ten $(DATA)/ten $(CLIPS) --frames 597 --codec default:$(DATA)/train
+	$(ENCODE) $(DATA)/videos/train_long $(DATA)/train_long $(CLIPS) --frames 117 --codec default:$(DATA)/train
 	$(BIN)/python -m rf_train.evidence $(E)
 
 test: setup

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from data_prep.card import read_card
@@ -34,14 +35,17 @@ class Codec(Protocol):
         """Normalised float [C, T, H, W] -> uint8 [1 + s_t (T - 1), s_h H, s_w W, 3]."""
 
 
-def open_codec(spec: str, device: str = "cpu") -> Codec:
-    """Opens the codec "default:FOLDER" (a dataset, or its codec.safetensors) or "wan:FOLDER"."""
+def open_codec(spec: str, device: str = "cpu", precision: str = "auto") -> Codec:
+    """Opens the codec "default:FOLDER" (a dataset, or its codec.safetensors) or "wan:FOLDER".
+
+    `precision` of the Wan VAE: bf16, fp32, or auto (bf16 on a GPU).
+    """
     name, _, folder = spec.partition(":")
     if name == "default" and folder:
         path = Path(folder)
         return DefaultCodec.load(path / CODEC_FILE if path.is_dir() else path)
     if name == "wan" and folder:
-        return WanCodec(folder, device)
+        return WanCodec(folder, device, {"bf16": torch.bfloat16, "fp32": torch.float32}.get(precision))
     raise ValueError(f"unknown codec {spec!r}, expected default, default:FOLDER or wan:FOLDER")
 
 

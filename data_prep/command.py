@@ -24,8 +24,13 @@ def run_command(action: Callable[[], object]) -> int:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split())
+    """What an error says, in one line that is safe to print."""
+    return printable(" ".join(str(error).split()))
+
+
+def printable(text: str) -> str:
+    """`text` with escapes for what a terminal would obey or can't show, such as control characters in a file's name."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def require_finite(**numbers: float) -> None:

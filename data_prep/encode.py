@@ -1,17 +1,21 @@
 """Makes a dataset of latents and text embeddings from videos.
 
-    python -m data_prep.encode SRC OUT --fps 16 --size 480x832 --frames 81 --codec default --text default
+    python -m data_prep.encode SRC OUT --fps 16 --size 480x832 --frames 81 --codec default --text default --job 0/1
 
 SRC is a folder of videos with .txt captions beside them, searched recursively. Or it is a manifest, JSONL or CSV, with
 `video`, `caption` and, optionally, `start` and `end` in seconds; its paths are relative to the manifest. Every video is
-cut into consecutive clips of exactly `--frames` frames. Videos that cannot be used are skipped, logged and counted in
-the card.
+cut into consecutive clips of exactly `--frames` frames. Videos that cannot be used are skipped, and listed in
+failures.jsonl.
+
+Any number of jobs can share the work: each makes the parts `i, i + n, ...` of `work.py`. Any of them can be killed, and
+started again. The one that finds all parts done writes the index and the card.
 
 `--codec default` fits the built-in codec on these videos first; `default:FOLDER` uses the codec of another dataset.
 """
 
 import argparse
 import itertools
+import json
 import os
 import sys
 import time
@@ -24,15 +28,29 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data_prep.card import CARD, SCHEMA, read_card, write_card
+from data_prep.card import SCHEMA, read_card, write_card
 from data_prep.codecs import Codec, open_codec
-from data_prep.command import run_command
+from data_prep.command import printable, run_command
+from data_prep.decoder import DecodedVideo, Decoders, Problem, Span
 from data_prep.default_codec import CODEC_FILE, FIT_CLIPS, DefaultCodec
+from data_prep.files import locked, write_atomic, write_json
 from data_prep.geometry import LatentGeometry, parse_size
-from data_prep.shards import ShardWriter, to_float16
-from data_prep.sources import Row, fingerprint, list_source
+from data_prep.index import write_index
+from data_prep.shards import to_float16
+from data_prep.sources import Row, fingerprints, list_source
 from data_prep.text import TextEncoder, open_text
-from data_prep.video import VideoError, declared_seconds, read_frames
+from data_prep.work import (
+    FAILURES,
+    LOCK,
+    WORK,
+    PartWriter,
+    Work,
+    check_same_work,
+    clear,
+    parse_job,
+    remove_leftovers,
+    stands_already,
+)
 
 FIT_FRAMES = 17  # at most this many frames per clip of the fit, if pictures are larger than FIT_SIDE x FIT_SIDE
 FIT_SIDE = 128
@@ -49,7 +67,13 @@ class EncodeSettings:
     codec: str = "default"
     text: str = "default"
     samples_per_shard: int = 256
+    videos_per_part: int = 64
+    precision: str = "auto"  # of the Wan VAE: auto, bf16 or fp32
+
+    # These don't change the dataset.
     device: str = "cpu"
+    workers: int = 1  # processes that decode
+    max_failures: float = 1.0  # share of a job's videos
 
     def validate(self, geometry: LatentGeometry) -> None:
         """Raises a one-line ValueError for invalid settings."""
@@ -57,8 +81,11 @@ class EncodeSettings:
         geometry.latent_shape(self.frames, *self.size)
         if not 0 < self.fps <= 1000:
             raise ValueError(f"fps {self.fps}: must be above 0")
-        if self.samples_per_shard < 1:
-            raise ValueError(f"samples per shard must be at least 1, not {self.samples_per_shard}")
+        for name in ("samples_per_shard", "videos_per_part", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name.replace('_', ' ')} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.max_failures <= 1:
+            raise ValueError(f"max failures {self.max_failures}: a share, from 0 to 1")
 
     @property
     def whole_fps(self) -> float:
@@ -72,151 +99,159 @@ class EncodeSettings:
             "height": self.size[0],
             "width": self.size[1],
             "frames": self.frames,
-            "codec": f"{codec.name} {codec.hash}" if codec else "default, fitted",
+            "codec": f"{codec.name} {codec.hash} {codec.settings.get('dtype', 'float32')}"
+            if codec
+            else "default, fitted",
             "text": f"{text.name} {text.hash}",
             "samples_per_shard": self.samples_per_shard,
-            "source": fingerprint(rows),
+            "videos_per_part": self.videos_per_part,
+            **fingerprints(rows),
         }
 
 
 @dataclass
 class Tally:
-    """Counts what became of the videos, for the card."""
+    """What this job has made so far, for its progress line."""
 
-    samples: int = 0
-    dropped_seconds: float = 0.0  # remainders shorter than a clip
-    skipped: list[dict] = field(default_factory=list)
+    clips: int = 0
+    failures: int = 0
+    began: float = field(default_factory=time.monotonic)
 
-    def skip(self, row: Row, reason: str, detail: str, samples: int) -> None:
-        """Counts and prints a video that cannot be used, or not to its end. `samples`: clips made from it before."""
-        self.skipped.append({"source": row.source, "reason": reason, "detail": detail, "samples": samples})
-        kept = f", kept {samples} clips" if samples else ""
-        tqdm.write(f"skipped {row.source}: {reason}{f' ({detail})' if detail else ''}{kept}", file=sys.stderr)
-
-    def reasons(self) -> dict[str, int]:
-        """Videos skipped, by reason."""
-        return dict(sorted(Counter(entry["reason"] for entry in self.skipped).items()))
+    def rates(self, seconds_per_clip: float) -> dict[str, str]:
+        """Clips per second, hours of video per hour, failures."""
+        rate = self.clips / max(time.monotonic() - self.began, 1e-9)
+        return {"clips/s": f"{rate:.2f}", "video h/h": f"{rate * seconds_per_clip:.1f}", "failed": str(self.failures)}
 
 
-def encode(src: str | Path, out: str | Path, settings: EncodeSettings) -> dict:
-    """Makes the dataset `out` from `src`; see the module's docstring. Returns its card.
+def encode(
+    src: str | Path, out: str | Path, settings: EncodeSettings, job: tuple[int, int] = (0, 1), retry: bool = False
+) -> dict | None:
+    """Makes the dataset `out` from `src`, or job `job` = (i, n) of it; see the module's docstring.
 
-    Raises a one-line ValueError if the dataset cannot be made.
+    `retry`: what failed in this job's parts is tried again. Returns the dataset's card; None if parts of other jobs are
+    missing. Raises a one-line ValueError if the dataset cannot be made.
     """
     out = Path(out)
     fitted = settings.codec == "default"
-    codec = None if fitted else open_codec(settings.codec, settings.device)
+    codec = None if fitted else open_codec(settings.codec, settings.device, settings.precision)
     settings.validate(codec.geometry if codec else DefaultCodec.geometry)
     text = open_text(settings.text, settings.device)
     rows = list_source(src)
     record = settings.record(codec, text, rows)
-    if stands_already(out, record):
+    work = Work(out, rows, settings.videos_per_part)
+    if stands_already(out, record, retry) and not retry:
         print(f"{out}: the dataset exists already, nothing to do")
         return read_card(out)
+    parts = range(job[0], work.parts, job[1])
+    codec = begin(work, record, codec, settings, src, retry)
+    if retry and not work.forget_failures(parts):
+        print(f"{out}: nothing failed in these parts", file=sys.stderr)
     bare = sum(not row.caption for row in rows)
     if bare:
         print(f"{bare} of {len(rows)} videos have no caption; they get the empty one", file=sys.stderr)
-
-    if fitted:
-        codec = fit_codec(rows, settings)
-    tally = Tally()
-    with ShardWriter(out, settings.samples_per_shard) as writer:
-        if isinstance(codec, DefaultCodec):
-            codec.save(out / CODEC_FILE)
-        encode_rows(rows, codec, text, settings, writer, tally)
-    if codec is None or not tally.samples:
-        (out / CODEC_FILE).unlink(missing_ok=True)
-        reasons = ", ".join(f"{n} {reason}" for reason, n in tally.reasons().items())
-        raise ValueError(f"{src}: no clip could be made from {len(rows)} videos: {reasons}")
-    shape = codec.geometry.latent_shape(settings.frames, *settings.size)
-    video = {key: record[key] for key in ("fps", "frames", "height", "width")}
-    card = {
-        "schema": SCHEMA,
-        "codec": {"name": codec.name, "hash": codec.hash, "settings": codec.settings, "folder": codec.folder},
-        "latent": {
-            **dict(zip(("channels", "frames", "height", "width"), shape)),
-            "dtype": "float16",
-            "strides": list(codec.geometry.strides),
-            "mean": codec.mean,
-            "std": codec.std,
-        },
-        "video": video,
-        "text": {key: getattr(text, key) for key in ("name", "dim", "max_tokens", "hash", "folder")},
-        "empty_caption": to_float16(text.encode([""])[0], "the empty caption").tolist(),
-        "counts": {
-            "videos": len(rows),
-            "samples": tally.samples,
-            "shards": len(writer.shards),
-            "skipped": tally.reasons(),
-            "no_caption": bare,
-            "dropped_seconds": round(tally.dropped_seconds, 6),
-        },
-        "skipped": tally.skipped,
-        "shards": writer.shards,
-        "source": {"path": os.path.abspath(src), "settings": record},
-    }
-    write_card(out, card)
-    return card
+    encode_parts(work, parts, codec, text, settings)
+    return finish(work, codec, text, settings, record, src)
 
 
-def stands_already(out: Path, record: dict) -> bool:
-    """Prepares the folder `out`. True if it already holds the dataset, with the same settings and source.
+def begin(
+    work: Work, record: dict, codec: Codec | None, settings: EncodeSettings, src: str | Path, retry: bool
+) -> Codec:
+    """Writes what is made into the folder, or checks that it is the same. Fits the built-in codec, once for all jobs.
 
-    Raises ValueError if `out` holds another dataset, or files that an interrupted run does not leave.
+    Returns the codec. Raises ValueError if the folder holds other work, or if there is no clip to fit the codec on.
     """
-    if (out / CARD).exists():
-        found = read_card(out)["source"]["settings"]
-        differ = [key for key in sorted({*record, *found}) if record.get(key) != found.get(key)]
-        if differ:
-            changes = ", ".join(f"{key} ({found.get(key)}, now {record.get(key)})" for key in differ)
-            raise ValueError(f"{out}: holds another dataset, it differs in {changes}")
-        return True
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: is a file, expected a folder to write")
-    out.mkdir(parents=True, exist_ok=True)
-    left = sorted(out.iterdir())
-    ours = (CARD, CODEC_FILE)
-    foreign = [p.name for p in left if p.name.removesuffix(".tmp") not in ours and not p.name.startswith("shard-")]
-    if foreign:
-        raise ValueError(f"{out}: not empty and no dataset (it holds {foreign[0]}); choose another folder")
-    if left:
-        print(f"{out}: an interrupted run left {len(left)} files; starting again", file=sys.stderr)
-        for path in left:
-            path.unlink()
-    return False
+    out = work.folder
+    with locked(out / LOCK, lambda: print(f"{out}: waiting for the job that starts this dataset", file=sys.stderr)):
+        if (out / WORK).exists():
+            check_same_work(out, record, retry)
+        if retry or not (out / WORK).exists():
+            write_json(out / WORK, record)
+        path = out / CODEC_FILE
+        if codec is None:
+            if path.is_file():
+                return DefaultCodec.load(path)
+            codec = fit_codec(work, settings, src)
+        if isinstance(codec, DefaultCodec) and not path.is_file():
+            codec.save(path)
+    return codec
 
 
-def encode_rows(
-    rows: list[Row], codec: Codec | None, text: TextEncoder, settings: EncodeSettings, writer: ShardWriter, tally: Tally
+def encode_parts(work: Work, parts: range, codec: Codec, text: TextEncoder, settings: EncodeSettings) -> None:
+    """Encodes and writes what is missing of these parts, in order.
+
+    Raises ValueError when more than `max_failures` of their videos have failed.
+    """
+    todo, tally = [], Tally()
+    for part in parts:
+        records, place = work.records(part)
+        tally.failures += sum(len(record["failures"]) for record in records)
+        if place is not None:
+            todo.append((part, place))
+    if not todo:
+        return
+    videos = sum(len(work.rows_of(part)) for part in parts)
+    rest = [row for part, place in todo for row in work.rows_from(part, place)]
+    skips = {place.row: place.clip for _, place in todo}
+    spans = (span_of(row, settings, skips.get(row.index, 0)) for row in rest if not row.problem)
+    bar = tqdm(total=len(rest), desc="encode", unit="video")
+    with bar, Decoders(settings.workers) as decoders:
+        decoded = decoders.videos(spans)
+        for part, place in todo:
+            with PartWriter(work, part, place, settings.samples_per_shard) as writer:
+                for row in work.rows_from(part, place):
+                    video = None if row.problem else next(decoded)
+                    encode_video(row, video, skips.get(row.index, 0), codec, text, settings, writer, tally)
+                    bar.set_postfix(tally.rates(settings.frames / settings.fps), refresh=False)
+                    bar.update()
+                    if tally.failures > settings.max_failures * videos:
+                        raise ValueError(
+                            f"{work.folder}: {tally.failures} of {videos} videos failed, more than --max-failures "
+                            f"{settings.max_failures:g}; the last ones are named above. Mend the cause, and run the "
+                            "command again with --retry"
+                        )
+                writer.finish()
+
+
+def encode_video(
+    row: Row,
+    video: DecodedVideo | None,
+    clips: int,
+    codec: Codec,
+    text: TextEncoder,
+    settings: EncodeSettings,
+    writer: PartWriter,
+    tally: Tally,
 ) -> None:
-    """Encodes and writes the whole clips of every video, in order.
+    """Encodes and writes the whole clips of a video. `video` begins behind its first `clips` clips."""
+    problem: Problem | None = Problem("unreadable", row.problem)
+    if video is not None:
+        embedding, problem = text.encode([row.caption])[0], None
+        for clip in video:
+            try:
+                writer.add(row, clips, codec.encode(clip), embedding, clip_meta(row, clips, codec, settings))
+            except ValueError as error:
+                problem = Problem("not finite", str(error))
+                break
+            clips, tally.clips = clips + 1, tally.clips + 1
+        problem = problem or video.problem
+    left = video.left if video is not None else 0
+    writer.end_video(left / settings.fps, failure_of(row, problem, clips) if problem else None)
+    if problem:
+        tally.failures += 1
+        kept = f", kept {clips} clips" if clips else ""
+        detail = f" ({problem.detail})" if problem.detail else ""
+        tqdm.write(printable(f"skipped {row.source}: {problem.reason}{detail}{kept}"), file=sys.stderr)
 
-    `codec` is None when there was no clip to fit it on. Then nothing is written, and `tally` gets the reasons.
-    """
-    bar = tqdm(rows, desc="encode", unit="video")
-    for row in bar:
-        embedding = text.encode([row.caption])[0]
-        clips = filled = 0
-        clip = np.empty((settings.frames, *settings.size, 3), np.uint8)
-        problem: tuple[str, str] | None = None
-        try:
-            for frame in read_frames(row.path, settings.fps, settings.size, row.start, row.end):
-                clip[filled] = frame
-                filled += 1
-                if filled == settings.frames:
-                    assert codec is not None
-                    meta = clip_meta(row, clips, codec, settings)
-                    writer.add(f"{row.index:06d}_{clips:04d}", codec.encode(clip), embedding, meta)
-                    clips, filled = clips + 1, 0
-                    bar.set_postfix(samples=tally.samples + clips, refresh=False)
-        except VideoError as error:
-            problem = error.reason, error.detail
-        if problem is None and clips == 0:
-            problem = "too short", f"{filled} of {settings.frames} frames"
-        if problem:
-            tally.skip(row, *problem, clips)
-        tally.samples += clips
-        tally.dropped_seconds += filled / settings.fps
+
+def failure_of(row: Row, problem: Problem, clips: int) -> dict:
+    """A line of failures.jsonl. `clips`: those made before."""
+    span = {"start": row.start, "end": row.end}
+    return {"source": row.source, **span, "reason": problem.reason, "detail": problem.detail, "samples": clips}
+
+
+def span_of(row: Row, settings: EncodeSettings, skip: int) -> Span:
+    """What to decode of a video: all whole clips but the first `skip`."""
+    return Span(row.path, settings.fps, settings.size, settings.frames, row.start, row.end, skip=skip)
 
 
 def clip_meta(row: Row, number: int, codec: Codec, settings: EncodeSettings) -> dict:
@@ -236,58 +271,122 @@ def clip_meta(row: Row, number: int, codec: Codec, settings: EncodeSettings) -> 
     }
 
 
+# ---- the last step
+
+
+def finish(
+    work: Work, codec: Codec, text: TextEncoder, settings: EncodeSettings, record: dict, src: str | Path
+) -> dict | None:
+    """Merges the records of all parts into failures.jsonl, the index and the card. None if some parts are not done.
+
+    It can be run again, and by several jobs at once: all write the same. Raises ValueError when there is no clip.
+    """
+    out, records, missing = work.folder, [], 0
+    for part in range(work.parts):
+        own, place = work.records(part)
+        records += own
+        missing += place is not None
+    if missing:
+        print(f"{out}: {missing} of {work.parts} parts are not done; the job that finds none missing writes the card")
+        return None
+    failures = [failure for record in records for failure in record["failures"]]
+    reasons = dict(sorted(Counter(failure["reason"] for failure in failures).items()))
+    shards = [entry for entry in records if entry["samples"]]
+    if not shards:
+        clear(out)
+        raise ValueError(no_clip(src, len(work.rows), reasons))
+    lines = "".join(json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures)
+    write_atomic(out / FAILURES, lines)
+    shape = codec.geometry.latent_shape(settings.frames, *settings.size)
+    card = {
+        "schema": SCHEMA,
+        "codec": {"name": codec.name, "hash": codec.hash, "settings": codec.settings, "folder": codec.folder},
+        "latent": {
+            **dict(zip(("channels", "frames", "height", "width"), shape)),
+            "dtype": "float16",
+            "strides": list(codec.geometry.strides),
+            "mean": codec.mean,
+            "std": codec.std,
+        },
+        "video": {key: record[key] for key in ("fps", "frames", "height", "width")},
+        "text": {key: getattr(text, key) for key in ("name", "dim", "max_tokens", "hash", "folder")},
+        "empty_caption": to_float16(text.encode([""])[0], "the empty caption").tolist(),
+        "counts": {
+            "videos": len(work.rows),
+            "samples": sum(shard["samples"] for shard in shards),
+            "shards": len(shards),
+            "skipped": reasons,
+            "no_caption": sum(not row.caption for row in work.rows),
+            "dropped_seconds": round(sum(entry["dropped_seconds"] for entry in records), 6),
+        },
+        "shards": [{key: shard[key] for key in ("file", "samples", "bytes", "sha256")} for shard in shards],
+        "index": write_index(out, shards),
+        "source": {"path": os.path.abspath(src), "settings": record},
+    }
+    card = write_card(out, card)
+    remove_leftovers(out)
+    return card
+
+
+def no_clip(src: str | Path, videos: int, reasons: dict[str, int]) -> str:
+    """The error of a source that gives no clip."""
+    return f"{src}: no clip could be made from {videos} videos: {', '.join(f'{n} {why}' for why, n in reasons.items())}"
+
+
 # ---- the built-in codec's fit
 
 
-def fit_codec(rows: list[Row], settings: EncodeSettings) -> DefaultCodec | None:
-    """Fits the built-in codec to the source. None if there is no clip to fit it on."""
+def fit_codec(work: Work, settings: EncodeSettings, src: str | Path) -> DefaultCodec:
+    """Fits the built-in codec to the source. Raises ValueError if there is no clip to fit it on."""
     began = time.monotonic()
-    clips = iter(tqdm(fitting_clips(rows, settings), desc="fit codec", unit="clip", leave=False))
-    first = next(clips, None)
-    if first is None:
-        return None
-    codec = DefaultCodec.fit(itertools.chain([first], clips), FIT_SEED)
+    problems: Counter[str] = Counter()
+    with Decoders(settings.workers) as decoders:
+        found = fitting_clips(work.rows, settings, decoders, problems)
+        clips = iter(tqdm(found, desc="fit codec", unit="clip", leave=False))
+        first = next(clips, None)
+        if first is None:
+            clear(work.folder)
+            raise ValueError(no_clip(src, len(work.rows), dict(sorted(problems.items()))))
+        codec = DefaultCodec.fit(itertools.chain([first], clips), FIT_SEED)
     seconds = time.monotonic() - began
     print(f"fitted the default codec on {codec.settings['clips']} clips in {seconds:.1f} s", file=sys.stderr)
     return codec
 
 
-def fitting_clips(rows: list[Row], settings: EncodeSettings) -> Iterator[np.ndarray]:
+def fitting_clips(
+    rows: list[Row], settings: EncodeSettings, decoders: Decoders, problems: Counter[str]
+) -> Iterator[np.ndarray]:
     """Yields up to FIT_CLIPS clips, uint8 [T, H, W, 3], from random places all over the source, for the codec's fit.
 
-    Clips of large pictures have at most FIT_FRAMES frames. Videos that cannot be read are skipped: encoding reports
-    them.
+    Clips of large pictures have at most FIT_FRAMES frames. Videos that cannot be read are skipped, and their reasons
+    counted in `problems`.
     """
     rng = np.random.default_rng(FIT_SEED)
     small = settings.size[0] * settings.size[1] <= FIT_SIDE**2
     length = settings.frames if small else min(settings.frames, FIT_FRAMES)
     seconds = length / settings.fps
-    order, found, turn = [rows[i] for i in rng.permutation(len(rows))], 0, 0
+    order, found, turn = [rows[i] for i in rng.permutation(len(rows)) if not rows[i].problem], 0, 0
     while order and found < FIT_CLIPS:
         again = []
         for row in order:
             if found == FIT_CLIPS:
                 break
-            end = row.end or declared_seconds(row.path) or 0.0
-            room = max(0.0, end - row.start - seconds)
-            for start in (row.start + rng.uniform(0, room), row.start):  # the video may end early
-                clip = first_pictures(row, start, length, settings)
-                if len(clip) == length:
+            for place in (rng.random(), 0.0):  # the video may end early
+                span = Span(row.path, settings.fps, settings.size, length, row.start, row.end, clips=1, place=place)
+                videos = decoders.videos([span])
+                video = next(videos)
+                clip = next(video, None)
+                if clip is not None:
                     break
-            if len(clip) == length:
-                found += 1
-                yield np.stack(clip)
-                if (turn + 1) * seconds < room:  # a longer video may be used again
-                    again.append(row)
+            if clip is None:
+                problems[video.problem.reason if video.problem else "too short"] += 1
+                continue
+            found += 1
+            yield clip
+            next(video, None)  # then its room is known
+            if (turn + 1) * seconds < video.room:  # a longer video may be used again
+                again.append(row)
         order, turn = again, turn + 1
-
-
-def first_pictures(row: Row, start: float, count: int, settings: EncodeSettings) -> list[np.ndarray]:
-    """Up to `count` frames of a video, from `start` seconds on; none if the video cannot be read."""
-    try:
-        return list(itertools.islice(read_frames(row.path, settings.fps, settings.size, start, row.end), count))
-    except VideoError:
-        return []
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -300,7 +399,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--frames", type=int, default=81, help="frames per clip, 1 + 4k (default 81)")
     parser.add_argument("--codec", default="default", help="default, default:FOLDER or wan:FOLDER")
     parser.add_argument("--text", default="default", help="default or umt5:FOLDER")
-    parser.add_argument("--samples-per-shard", type=int, default=256)
+    parser.add_argument("--samples-per-shard", type=int, default=256, help="at most (default 256)")
+    parser.add_argument("--videos-per-part", type=int, default=64, help="consecutive videos that one job makes (64)")
+    parser.add_argument("--job", default="0/1", metavar="I/N", help="make part I, I + N, ... only (default 0/1: all)")
+    parser.add_argument(
+        "--workers", type=int, default=default_workers(), help="processes that decode (default %(default)s)"
+    )
+    parser.add_argument("--max-failures", type=float, default=1.0, help="share of the job's videos (default 1)")
+    parser.add_argument("--retry", action="store_true", help="try again what failed")
+    parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the Wan VAE")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="for wan and umt5")
     options = parser.parse_args(arguments)
     return run_command(lambda: encode_as_asked(options))
@@ -312,12 +419,31 @@ def encode_as_asked(options: argparse.Namespace) -> None:
     if options.device == "cuda" and not cuda:
         raise ValueError("--device cuda: no usable GPU here")
     device = ("cuda" if cuda else "cpu") if options.device == "auto" else options.device
-    size, shard = parse_size(options.size), options.samples_per_shard
-    settings = EncodeSettings(options.fps, size, options.frames, options.codec, options.text, shard, device)
-    counts = encode(options.src, options.out, settings)["counts"]
+    settings = EncodeSettings(
+        options.fps,
+        parse_size(options.size),
+        options.frames,
+        options.codec,
+        options.text,
+        options.samples_per_shard,
+        options.videos_per_part,
+        options.precision,
+        device,
+        options.workers,
+        options.max_failures,
+    )
+    card = encode(options.src, options.out, settings, parse_job(options.job), options.retry)
+    if card is None:
+        return
+    counts = card["counts"]
     skipped = ", ".join(f"{n} {reason}" for reason, n in counts["skipped"].items()) or "none"
     made = f"{counts['samples']} samples in {counts['shards']} shards from {counts['videos']} videos"
     print(f"{options.out}: {made}; skipped: {skipped}; {counts['dropped_seconds']:.1f} s of remainders dropped")
+
+
+def default_workers() -> int:
+    """Decoding processes: as many as cores are left beside the encoder, at most 8."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) - 1))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,41 @@
-"""Atomic writes and file hashes, for the whole project."""
+"""Atomic writes, locks and file hashes, for the whole project."""
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import socket
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+
+def temporary_beside(path: str | Path) -> Path:
+    """A name for a file that becomes `path` when it is whole. No two processes, on any machine, have the same."""
+    path = Path(path)
+    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
+def is_abandoned(temporary: Path) -> bool:
+    """Whether the maker of a `temporary_beside` is gone. On another machine: whether an hour has passed in silence."""
+    name, _, process = temporary.name.removesuffix(".tmp").rpartition(".")
+    if name.endswith(f".{socket.gethostname()}") and process.isdigit():
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+        return int(process) == os.getpid()
+    return time.time() - temporary.stat().st_mtime > 3600
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Replaces a file as a whole or not at all, also after a power cut. Text is written as UTF-8."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary_beside(path)
     try:
         with open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -25,6 +51,29 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
 def write_json(path: str | Path, value: object) -> None:
     """Writes `value` as indented JSON, as a whole or not at all."""
     write_atomic(path, json.dumps(value, indent=1))
+
+
+@contextlib.contextmanager
+def locked(path: str | Path, on_wait: Callable[[], object] | None = None) -> Iterator[int]:
+    """Waits until no other process, on any machine, has this file. Yields its descriptor: a child that gets it counts.
+
+    The operating system frees the lock when a process dies. `on_wait` is called before a wait. On a file system without
+    locks there is no waiting.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if on_wait:
+                    on_wait()
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                raise
+        yield file.fileno()
 
 
 def sync(path: str | Path) -> None:

@@ -1,27 +1,68 @@
-"""Shards on disk: plain tar files in webdataset's layout.
+"""Shards on disk: plain tar files in webdataset's layout, with a record beside each.
 
-    shard-000000.tar     KEY.latent.npy  float16 [C, T, H, W], normalised
-                         KEY.text.npy    float16 [L, D], L the caption's number of tokens, not padded
-                         KEY.json        caption, source, start, end, fps, height, width, frames, codec, key
+    shard-000000-0000.tar     KEY.json        caption, source, start, end, fps, height, width, frames, codec, key
+                              KEY.latent.npy  float16 [C, T, H, W], normalised
+                              KEY.text.npy    float16 [L, D], L the caption's number of tokens, not padded
+    shard-000000-0000.json    the record: size, hash, and the place and CRC-32 of every sample
 
-Shards depend on their samples alone and hold no times or owners, so the same input gives the same bytes.
+KEY is `{video:06d}_{clip:04d}`. Shards depend on their samples alone and hold no times or owners, so the same input
+gives the same bytes. A sample's three members lie side by side: one read gets them, and one CRC-32 covers them.
 """
 
+import contextlib
+import hashlib
 import io
 import json
 import os
 import tarfile
+import zlib
 from pathlib import Path
-from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
+import webdataset
 
-from data_prep.files import sha256_of_file
+from data_prep.files import sync, temporary_beside
 
-MEMBERS = ("latent.npy", "text.npy", "json")
+MEMBERS = ("json", "latent.npy", "text.npy")  # in the order of the file
 
-ByteSpan = tuple[int, int]  # (offset, size) in a file
-Members = dict[str, ByteSpan]  # where each of MEMBERS is
+
+class Entry(NamedTuple):
+    """Where a sample is in its shard: `bytes` bytes from `offset` on, with this CRC-32; and its video and clip."""
+
+    offset: int
+    bytes: int
+    crc32: int
+    video: int
+    clip: int
+
+    @property
+    def key(self) -> str:
+        return sample_key(self.video, self.clip)
+
+
+class Sample(NamedTuple):
+    """One sample: latent float16 [C, T, H, W], text float16 [L, D], and its JSON."""
+
+    latent: np.ndarray
+    text: np.ndarray
+    meta: dict
+
+
+class SampleError(ValueError):
+    """A sample that cannot be read as it was written. The message is one line and names the file and the sample.
+
+    reason: "missing", "unreadable", "cut short", "damaged", "malformed" or "not finite"
+    """
+
+    def __init__(self, where: str, reason: str, detail: str = ""):
+        self.where, self.reason, self.detail = where, reason, detail
+        super().__init__(f"{where}: {reason}{f' ({detail})' if detail else ''}")
+
+
+def sample_key(video: int, clip: int) -> str:
+    """The name of a sample: of clip `clip` of video `video`, both counted from 0."""
+    return f"{video:06d}_{clip:04d}"
 
 
 def to_float16(array: np.ndarray, what: str) -> np.ndarray:
@@ -50,111 +91,95 @@ def npy_array(data: bytes, what: str = "array") -> np.ndarray:
 
 
 class ShardWriter:
-    """Writes samples to `folder/shard-000000.tar`, ..., at most `samples_per_shard` in each.
+    """Writes one shard. It appears under its name only when it is whole.
 
-    A shard appears under its name only when it is whole. Use it as a context manager. Afterwards `shards` lists
-    {"file", "samples", "bytes", "sha256"} for the card. An exception inside leaves at most one `.tmp` file.
+    Raises OSError, after `add` or `finish`, when the disk is full; `abandon` then leaves nothing.
     """
 
-    def __init__(self, folder: str | Path, samples_per_shard: int):
-        if samples_per_shard < 1:
-            raise ValueError(f"samples per shard must be at least 1, not {samples_per_shard}")
-        self.folder = Path(folder)
-        self.samples_per_shard = samples_per_shard
-        self.shards: list[dict] = []
-        self._tar: tarfile.TarFile | None = None
-        self._samples = 0
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._temporary = temporary_beside(self.path)
+        self._spans: list[tuple[int, int]] = []  # video and clip of each sample
+        self._ends = [0]  # where each sample ends
+        self._file = open(self._temporary, "w+b")  # noqa: SIM115
+        self._tar = webdataset.TarWriter(self._file, user="", group="", mode=0o644, mtime=0, encoder=False)
 
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self._finish_shard()
-        elif self._tar is not None:
-            self._tar.close()
-
-    def add(self, key: str, latent: np.ndarray, text: np.ndarray, meta: dict) -> None:
+    def add(self, video: int, clip: int, latent: np.ndarray, text: np.ndarray, meta: dict) -> None:
         """Appends one sample: latent [C, T, H, W] and text [L >= 1, D], both stored as float16.
 
-        `key` has no dots and no slashes. `meta` is the JSON member; "key" is added to it.
+        `meta` is the JSON member; "key" is added to it. Raises ValueError for wrong shapes, or values that are not
+        finite in float16; then nothing is appended.
         """
-        if not key or "." in key or "/" in key:
-            raise ValueError(f"sample key {key!r}: must be a name without dots and slashes")
+        key = sample_key(video, clip)
         latent = to_float16(latent, f"sample {key}: latent")
         text = to_float16(text, f"sample {key}: text")
         if latent.ndim != 4 or text.ndim != 2 or len(text) < 1:
             expected = "expected [C, T, H, W] and [L >= 1, D]"
             raise ValueError(f"sample {key}: latent {latent.shape} and text {text.shape}, {expected}")
-        if self._tar is None:
-            self._name = f"shard-{len(self.shards):06d}.tar"
-            self._temporary = self.folder / f"{self._name}.tmp"
-            self._tar = tarfile.open(self._temporary, "w:", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         json_bytes = json.dumps({**meta, "key": key}, sort_keys=True, ensure_ascii=False).encode()
-        for member, data in zip(MEMBERS, (npy_bytes(latent), npy_bytes(text), json_bytes)):
-            info = tarfile.TarInfo(f"{key}.{member}")  # mtime, uid, gid are 0 by default
-            info.size = len(data)
-            self._tar.addfile(info, io.BytesIO(data))
-        self._samples += 1
-        if self._samples == self.samples_per_shard:
-            self._finish_shard()
+        self._tar.write({"__key__": key, **dict(zip(MEMBERS, (json_bytes, npy_bytes(latent), npy_bytes(text))))})
+        self._spans.append((video, clip))
+        self._ends.append(self._tar.tarstream.offset)
 
-    def _finish_shard(self) -> None:
-        if self._tar is None:
-            return
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def finish(self) -> dict:
+        """Gives the whole shard its name. Returns {"file", "samples", "bytes", "sha256", "index"}: one Entry each."""
         self._tar.close()
-        size, digest = self._temporary.stat().st_size, sha256_of_file(self._temporary)
-        self.shards.append({"file": self._name, "samples": self._samples, "bytes": size, "sha256": digest})
-        os.replace(self._temporary, self.folder / self._name)
-        self._tar, self._samples = None, 0
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.seek(0)
+        digest, index = hashlib.sha256(), []
+        for (video, clip), begin, end in zip(self._spans, self._ends, self._ends[1:]):
+            data = self._file.read(end - begin)
+            digest.update(data)
+            index.append(list(Entry(begin, len(data), zlib.crc32(data), video, clip)))
+        digest.update(self._file.read())
+        size = self._file.tell()
+        self._file.close()
+        os.replace(self._temporary, self.path)
+        sync(self.path.parent)
+        content = {"bytes": size, "sha256": digest.hexdigest(), "index": index}
+        return {"file": self.path.name, "samples": len(index), **content}
+
+    def abandon(self) -> None:
+        """Removes what was written of the shard."""
+        with contextlib.suppress(OSError, ValueError):  # its own buffer may not fit on the disk
+            self._tar.close()
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
 
 
-def index_shard(path: str | Path) -> list[tuple[str, Members]]:
-    """The samples of a shard, from its tar headers alone: [(key, {member: (offset, size)})] in file order.
-
-    Offsets and sizes are bytes in the file. Raises a one-line ValueError for a file that is missing, not a tar, cut
-    short, or not of this layout.
-    """
+def read_sample(path: str | Path, entry: Entry) -> Sample:
+    """Reads one sample of a shard and checks its bytes. Raises SampleError when it is not as it was written."""
+    where = f"{path}: {entry.key}"
     try:
-        size = os.path.getsize(path)
-        with tarfile.open(path, "r:") as tar:
-            members = [(info.name, info.offset_data, info.size) for info in tar if info.isfile()]
+        with open(path, "rb", buffering=0) as file:
+            file.seek(entry.offset)
+            data = file.read(entry.bytes)
+    except FileNotFoundError:
+        raise SampleError(where, "missing", "no such file") from None
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
-    except tarfile.TarError as error:
-        raise ValueError(f"{path}: not a tar file, or cut short ({error})") from None
-    samples: dict[str, Members] = {}
-    for name, offset, length in members:
-        if offset + length > size:
-            raise ValueError(f"{path}: cut short inside {name}")
-        key, _, member = os.path.basename(name).partition(".")
-        samples.setdefault(key, {})[member] = (offset, length)
-    for key, found in samples.items():
-        missing = [member for member in MEMBERS if member not in found]
-        if missing:
-            raise ValueError(f"{path}: sample {key} has no {', '.join(missing)}")
-    return list(samples.items())
+        raise SampleError(where, "unreadable", error.strerror or str(error)) from None
+    return parse_sample(data, entry, where)
 
 
-def read_member(path: str | Path, span: ByteSpan) -> bytes:
-    """The bytes of one member, at a span that `index_shard` gave."""
-    offset, size = span
-    with open(path, "rb") as file:
-        file.seek(offset)
-        data = file.read(size)
-    if len(data) != size:
-        raise ValueError(f"{path}: cut short, {len(data)} of {size} bytes at {offset}")
-    return data
-
-
-def read_sample(path: str | Path, members: Members) -> tuple[np.ndarray, np.ndarray, dict]:
-    """One sample of a shard: latent float16 [C, T, H, W], text float16 [L, D], and its JSON."""
-    latent = npy_array(read_member(path, members["latent.npy"]), f"{path}: latent")
-    text = npy_array(read_member(path, members["text.npy"]), f"{path}: text")
+def parse_sample(data: bytes, entry: Entry, where: str) -> Sample:
+    """A sample from its bytes in the shard. Raises SampleError that names `where`."""
+    if len(data) != entry.bytes:
+        raise SampleError(where, "cut short", f"{len(data)} of {entry.bytes} bytes")
+    if zlib.crc32(data) != entry.crc32:
+        raise SampleError(where, "damaged", "its CRC-32 is not the index's")
     try:
-        meta = json.loads(read_member(path, members["json"]))
-    except ValueError as error:
-        raise ValueError(f"{path}: a sample's JSON does not parse ({error})") from None
-    return latent, text, meta
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            members = [(info.name, info.offset_data, info.size) for info in tar]
+        if [name for name, _, _ in members] != [f"{entry.key}.{member}" for member in MEMBERS]:
+            raise ValueError(f"it holds {', '.join(name for name, _, _ in members) or 'nothing'}")
+        parts = [data[offset : offset + size] for _, offset, size in members]
+        meta = json.loads(parts[0])
+        if not isinstance(meta, dict):
+            raise ValueError("its JSON is not an object")
+        return Sample(npy_array(parts[1], "latent"), npy_array(parts[2], "text"), meta)
+    except (ValueError, tarfile.TarError, RecursionError) as error:
+        raise SampleError(where, "malformed", str(error)) from None

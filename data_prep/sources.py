@@ -24,15 +24,15 @@ class Row:
     caption: str
     start: float = 0.0
     end: float | None = None
+    problem: str = ""  # why it cannot be used, if that is known already
 
 
 def list_source(src: str | Path) -> list[Row]:
     """The rows of a folder or manifest, in order. Raises ValueError if it is missing, empty or malformed."""
     src = Path(src)
     if src.is_dir():
-        named = {path.relative_to(src).as_posix(): path for path in src.rglob("*") if path.suffix.lower() in SUFFIXES}
-        files = [(name, named[name]) for name in sorted(named) if named[name].is_file()]
-        rows = [Row(index, path, name, _caption_beside(path)) for index, (name, path) in enumerate(files)]
+        named = {path.relative_to(src).as_posix(): path for path in _videos(src)}
+        rows = [_folder_row(index, named[name], name) for index, name in enumerate(sorted(named))]
     elif not src.exists():
         raise ValueError(f"{src}: no such folder or manifest")
     elif src.suffix.lower() in (".jsonl", ".csv"):
@@ -44,18 +44,51 @@ def list_source(src: str | Path) -> list[Row]:
     return rows
 
 
-def fingerprint(rows: list[Row]) -> str:
-    """SHA-256, in hexadecimal, of a source: the names, captions, spans and file sizes of its videos."""
-    digest = hashlib.sha256()
+def fingerprints(rows: list[Row]) -> dict[str, str]:
+    """SHA-256, in hexadecimal, of a source: its videos' names, captions and spans; and the sizes of their files."""
+    source, sizes = hashlib.sha256(), hashlib.sha256()
     for row in rows:
-        size = os.path.getsize(row.path) if row.path.is_file() else None
-        digest.update(json.dumps([row.source, row.caption, row.start, row.end, size]).encode())
-    return digest.hexdigest()
+        source.update(json.dumps([row.source, row.caption, row.start, row.end]).encode())
+        sizes.update(f"{_size(row.path)} ".encode())
+    return {"source": source.hexdigest(), "source_sizes": sizes.hexdigest()}
 
 
-def _caption_beside(path: Path) -> str:
-    text = path.with_suffix(".txt")
-    return " ".join(text.read_text(encoding="utf-8", errors="replace").split()) if text.is_file() else ""
+def _size(path: Path) -> int | None:
+    """Bytes of a file, None if there is none or it can't be known."""
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except OSError:
+        return None
+
+
+def _videos(folder: Path) -> Iterator[Path]:
+    """The files with a video's suffix in a folder and below. Raises ValueError for a folder that can't be listed."""
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or take it away")
+
+    for place, _, names in os.walk(folder, onerror=refuse):
+        paths = [Path(place, name) for name in names]
+        yield from (path for path in paths if path.suffix.lower() in SUFFIXES and not path.is_dir())
+
+
+def _folder_row(index: int, path: Path, name: str) -> Row:
+    """A video of a folder, with the caption in the .txt file of the same name."""
+    text, caption, problem = path.with_suffix(".txt"), "", ""
+    try:
+        if text.is_file():
+            caption = " ".join(text.read_text(encoding="utf-8", errors="replace").split())
+    except OSError as error:
+        problem = f"its caption: {error.strerror}"
+    return Row(index, path, as_utf8(name), caption, problem=problem)
+
+
+def as_utf8(text: str) -> str:
+    """`text` with escapes for what UTF-8 can't hold, such as the bytes of a file name in another encoding."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half of a surrogate pair, from a manifest
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _manifest(path: Path) -> Iterator[tuple[int, object]]:
@@ -88,5 +121,5 @@ def _manifest_row(manifest: Path, index: int, line: int, entry: object) -> Row:
     start, end = seconds["start"] or 0.0, seconds["end"]
     if not (0 <= start < math.inf and (end is None or start < end < math.inf)):
         raise ValueError(f"{manifest} line {line}: need 0 <= start < end, got {start} and {end}")
-    caption = " ".join(str(entry.get("caption") or "").split())
-    return Row(index, manifest.parent / video, video, caption, start, end)
+    caption = as_utf8(" ".join(str(entry.get("caption") or "").split()))
+    return Row(index, manifest.parent / video, as_utf8(video), caption, start, end)

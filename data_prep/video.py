@@ -22,6 +22,8 @@ from PIL import Image
 _DECLARES_DURATION = {"mov", "mp4", "matroska", "webm", "avi", "flv"}
 # Timestamps are rounded to the container's tick (1 ms in Matroska). A frame that is late by no more counts as in time.
 _TOLERANCE = Fraction(1, 1000)
+# No frame is shown for longer. A longer gap between timestamps is damage: filling it could take all disk space.
+LONGEST_FRAME = 600  # seconds
 
 _Shown = tuple[Fraction, Fraction, Any]  # (on screen from, until, frame); at the video's end the frame is None
 
@@ -140,8 +142,12 @@ class _Decoder:
                 continue  # never back in time
             if self.damage and self.last is not None and time - self.last > self.usual_duration * 3 / 2:
                 break  # a frame before this one was lost to the damage
+            if self.last is not None and time - self.last > LONGEST_FRAME:
+                self.damage = "undecodable", f"its timestamps jump by {float(time - self.last):.0f} s"
+                break
             first = time if self.last is None else first
-            until = time + (frame.duration * self.stream.time_base if frame.duration else self.usual_duration)
+            duration = frame.duration * self.stream.time_base if frame.duration else self.usual_duration
+            until = time + min(duration, LONGEST_FRAME)
             self.last = time
             yield time, until, frame
         if self.last is None:

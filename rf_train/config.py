@@ -33,6 +33,10 @@ class DataSettings:
 
     train: str = ""
     evaluation: str = ""  # long held-out clips, with the same codec and text encoder
+    max_damaged: float = 0.01  # the run stops when a larger share of the clips that it reads is damaged
+
+    def validate(self) -> None:
+        require(0 <= self.max_damaged <= 1, f"data.max_damaged={self.max_damaged} is not a share from 0 to 1")
 
 
 @dataclass(frozen=True)

@@ -141,14 +141,18 @@ class StepMetrics:
 
     def __init__(self) -> None:
         self._sums: dict[str, Sums] = {}
-        self._clips = torch.zeros(2, dtype=torch.float64)  # with a finite loss, and without
+        self._clips = torch.zeros(3, dtype=torch.float64)  # with a finite loss, without, and damaged samples
         self._not_finite: list[str] = []
 
-    def add(self, ids: list[str], result: MicroStepResult) -> None:
-        """Adds one micro-batch. Clips whose loss isn't finite are only counted and named."""
+    def add(self, ids: list[str], result: MicroStepResult, damaged: int = 0) -> None:
+        """Adds one micro-batch. Clips whose loss isn't finite are only counted and named.
+
+        `damaged`: samples that could not be read for it.
+        """
         finite = result.finite
         good = finite.sum()
-        self._clips = self._clips.to(finite.device) + torch.stack([good, len(ids) - good])
+        counts = torch.stack([good, len(ids) - good, torch.full_like(good, damaged)])
+        self._clips = self._clips.to(finite.device) + counts
         self._not_finite += [name for name, ok in zip(ids, finite.tolist()) if not ok]
         for metric in METRICS:
             sums, before = metric.sums(result.only(finite)), self._sums.get(metric.name)
@@ -173,7 +177,7 @@ class StepMetrics:
         by_chunk = values["loss_by_chunk"]
         assert isinstance(by_chunk, list)
         loss = sum(by_chunk) / len(by_chunk) if clips[0] else None  # type: ignore[arg-type]
-        return {"loss": loss, **values, "clips_not_finite": round(clips[1].item())}
+        return {"loss": loss, **values, "clips_not_finite": round(clips[1].item()), "damaged": round(clips[2].item())}
 
     def clips_not_finite(self) -> list[str]:
         """The ids of the clips, on all ranks, whose loss isn't finite, in alphabetical order. A collective."""

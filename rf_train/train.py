@@ -4,6 +4,7 @@ The same command resumes from the run's newest checkpoint. A finished run is lef
 """
 
 import argparse
+import json
 import logging
 import math
 import os
@@ -19,11 +20,12 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor
 
-from data_prep.command import BAD_INPUT, INTERRUPTED, UNFORESEEN, one_line
+from data_prep.command import BAD_INPUT, INTERRUPTED, UNFORESEEN, one_line, printable
 from data_prep.files import write_atomic
 from rf_train import config
 from rf_train.config import Recipe, Stage
 from rf_train.data.batches import micro_steps, open_datasets, steps
+from rf_train.data.damage import Damage, DamageLog
 from rf_train.data.latent_dataset import LatentDataset
 from rf_train.diffusion.batch import Batch
 from rf_train.diffusion.histories import History, make_history
@@ -37,6 +39,7 @@ from rf_train.engine.collectives import (
     RunError,
     check_same_on_ranks,
     check_same_settings,
+    gather_lines,
     naming_lost_peers,
     ranks_on_this_machine,
     start_ranks,
@@ -92,6 +95,7 @@ def train(recipe: Recipe) -> None:
     log.print_line(describe(recipe, engine, state, first))
     # One entry per skipped step since the last step that wasn't skipped: the clips whose loss isn't finite.
     skipped: list[list[str]] = []
+    damage = DamageLog(recipe.run.out, recipe.data.max_damaged)
 
     try:
         for step, batches in steps(recipe, datasets, first, engine.replica, engine.replicas):
@@ -110,9 +114,11 @@ def train(recipe: Recipe) -> None:
                 state.update_average()
                 skipped.clear()
             metrics["lr"] = engine.learning_rate
+            report_damage(step + 1, batches, stage.batch, metrics["damaged"], damage, log)
             if evaluation and evaluation.is_due(step + 1):
                 metrics["evaluation"] = evaluation.evaluate(step + 1, state)
             log.log(step, stage.name, stage.batch, metrics)
+            damage.check()
             if len(skipped) >= recipe.optimizer.max_skipped:
                 raise TooManySkippedSteps(skipped_message(recipe, step, skipped))
             if checkpoint_is_due(recipe, step + 1, bool(skipped)):
@@ -145,10 +151,22 @@ def train_step(engine: Engine, step: int, batches: list[Batch], recipe: Recipe, 
         result = training_loss(engine, batch, history, recipe.flow, stage.attention)
         engine.backward(result.loss)
         applied = engine.step()
-        metrics.add(batch.ids, MicroStepResult.of(batch, history, level, result))
+        metrics.add(batch.ids, MicroStepResult.of(batch, history, level, result), len(batch.damaged))
     seconds = clock(device) - begin
     own = {"skipped": int(not applied), "grad_norm": engine.gradient_norm, "rollout_share": rollout_seconds / seconds}
     return {**metrics.reduced(engine.sequence_parallel_size), **own}, [] if applied else metrics.clips_not_finite()
+
+
+def report_damage(step: int, batches: list[Batch], clips: int, damaged: int, damage: DamageLog, log: RunLog) -> None:
+    """Counts a step's damaged samples. Rank 0 names and lists them. A collective, if there are any on some rank."""
+    damage.add(clips, damaged)
+    if damaged:
+        lines = gather_lines([line for batch in batches for line in batch.damaged])
+        found = [Damage(**json.loads(line)) for line in sorted(set(lines))]
+        if log.active:
+            damage.write(step, found)
+        for one in found:
+            log.print_line(printable(f"step {step}: damaged: {one}"))
 
 
 def degraded_history(

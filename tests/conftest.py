@@ -1,5 +1,6 @@
 """Shared pieces: the devices, a tiny model whose every weight matters, clips to feed it, and datasets to read."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_prep.card import write_card
+from data_prep.card import CARD, SCHEMA, write_card
+from data_prep.index import write_index
 from data_prep.shards import ShardWriter
 from rf_train.config import from_dict
 from rf_train.diffusion.batch import Batch
@@ -147,15 +149,18 @@ def write_dataset(
     settings = settings or tiny_settings()
     stream = np.random.default_rng(seed)
     folder.mkdir(parents=True)
-    with ShardWriter(folder, 5) as writer:
-        for index in range(count):
+    records = []
+    for part, begin in enumerate(range(0, count, 5)):
+        writer = ShardWriter(folder / f"shard-{part:06d}-0000.tar")
+        for index in range(begin, min(begin + 5, count)):
             latent = stream.standard_normal((settings.channels, frames, height, width)).astype(np.float32)
             latent = np.cumsum(latent, axis=1) / np.sqrt(np.arange(1, frames + 1))[:, None, None]
             text = stream.standard_normal((1 + index % settings.text_len, settings.text_dim))
-            writer.add(f"{index:06d}_0000", latent, text, {"caption": f"clip {index}"})
+            writer.add(index, 0, latent, text, {"caption": f"clip {index}"})
+        records.append(writer.finish())
     channels = settings.channels
     card = {
-        "schema": 1,
+        "schema": SCHEMA,
         "codec": {"name": "default", "hash": "c", "settings": {}},
         "latent": {
             "channels": channels, "frames": frames, "height": height, "width": width, "dtype": "float16",
@@ -164,13 +169,20 @@ def write_dataset(
         "video": {"fps": 16, "frames": 4 * frames - 3, "height": 8 * height, "width": 8 * width},
         "text": {"name": "default", "dim": settings.text_dim, "max_tokens": settings.text_len, "hash": "t"},
         "empty_caption": [[0.1] * settings.text_dim],
-        "counts": {"videos": count, "samples": count, "shards": len(writer.shards), "skipped": {}},
-        "skipped": [],
-        "shards": writer.shards,
+        "counts": {"videos": count, "samples": count, "shards": len(records), "skipped": {}},
+        "shards": [{key: record[key] for key in ("file", "samples", "bytes", "sha256")} for record in records],
+        "index": write_index(folder, records),
         "source": {"path": "", "settings": {}},
     }  # fmt: skip
     write_card(folder, card)
     return folder
+
+
+def change_card(folder: Path, change) -> None:
+    """Changes a dataset's card as its maker would: with a fitting hash."""
+    card = json.loads((folder / CARD).read_text())
+    change(card)
+    write_card(folder, card)
 
 
 @pytest.fixture(scope="session")

@@ -106,7 +106,7 @@ def test_the_loss_is_the_mean_over_clips_and_chunks():
     found = measured(results)
     assert found["loss"] == pytest.approx(all_clips(results, "loss_by_chunk").mean(), rel=1e-6)
     assert found["clips_not_finite"] == 0
-    assert list(found) == ["loss", *EXPECTED, "clips_not_finite"]
+    assert list(found) == ["loss", *EXPECTED, "clips_not_finite", "damaged"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -2,11 +2,14 @@
 and an error on one rank ends that rank at once.
 """
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ import yaml
 from rf_train import config, train
 from rf_train.config import Stage
 from rf_train.data import batches
+from rf_train.data.damage import SPARED, TooMuchDamage
 from rf_train.diffusion.batch import Batch
 from rf_train.engine import checkpoint, deepspeed_json
 from rf_train.engine.collectives import PeerLost, Ranks, naming_lost_peers
@@ -96,6 +100,51 @@ def test_ten_in_a_row_stop_the_run_with_the_clips_named_and_nothing_saved(plain_
         assert all(name in text for batch in of_rank_1 for name in batch.ids)
     # Neither every second step nor the first stage's end: all of them were skipped.
     assert checkpoint.step_of(checkpoint.latest(tmp_path)) == 4
+
+
+# ---- damaged samples
+
+
+def train_and_say(recipe: dict) -> str | None:
+    """Trains. Returns the error of a run that stops for damage."""
+    try:
+        train.train(config.from_dict(recipe))
+    except TooMuchDamage as error:
+        return str(error)
+    return None
+
+
+def with_a_shard_missing(plain_run, folder) -> Path:
+    shutil.copytree(plain_run.data, folder)
+    (folder / "short" / "shard-000001-0000.tar").unlink()
+    return folder
+
+
+def test_damaged_samples_are_counted_named_and_replaced_while_ranks_stay_in_step(plain_run, tmp_path):
+    """Two ranks and one, with other micro-batches, replace the same samples by the same ones."""
+    data, found = with_a_shard_missing(plain_run, tmp_path / "data"), []
+    for ranks, micro_batch in ((2, 1), (1, 4)):
+        out = tmp_path / f"run{ranks}"
+        recipe = recipe_dict(data, out, micro_batch=micro_batch)
+        recipe["stages"] = recipe["stages"][:1]
+        recipe["data"]["max_damaged"] = 1.0
+        assert run_distributed(train_and_say, ranks, recipe=recipe) == [None] * ranks
+        rows = read_rows(out / "metrics.jsonl")
+        lines = [json.loads(line) for line in (out / "damaged.jsonl").read_text().splitlines()]
+        assert sum(row["damaged"] for row in rows) == len(lines) > 10
+        assert [row["damaged"] for row in rows] == [sum(line["step"] == row["step"] for line in lines) for row in rows]
+        assert {(line["shard"], line["reason"]) for line in lines} == {("shard-000001-0000.tar", "missing")}
+        found.append((lines, [row["loss"] for row in rows]))
+    assert found[0][0] == found[1][0]
+    assert_close(found[0][1], found[1][1], 1e-4)
+
+
+def test_too_much_damage_stops_the_run_on_all_ranks(plain_run, tmp_path):
+    data = with_a_shard_missing(plain_run, tmp_path / "data")
+    told = run_distributed(train_and_say, 2, recipe=recipe_dict(data, tmp_path / "run"))
+    assert told[0] == told[1] and "damaged samples among" in told[0] and "more than data.max_damaged=0.01" in told[0]
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert sum(row["damaged"] for row in rows[:-1]) <= SPARED < sum(row["damaged"] for row in rows)
 
 
 # ---- folders that can't be written

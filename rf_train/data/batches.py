@@ -63,28 +63,27 @@ def step_batches(
     folder = recipe.dataset_of(stage)
     earlier = [span for span in recipe.stage_spans if span.end <= begin and recipe.dataset_of(span.stage) == folder]
     first = sum(span.stage.steps * span.stage.batch for span in earlier) + (step - begin) * stage.batch
-    samples = datasets[folder].samples_at(recipe.run.seed, first, stage.batch)
     size, batches = recipe.optimizer.micro_batch, []
     for micro_step in range(micro_steps(stage, size, replicas)):
         own = (micro_step * replicas + replica) * size
-        batches.append(_read_batch(recipe, stage, datasets[folder], step, samples[own : own + size]))
+        positions = range(first + own, first + own + size)
+        batches.append(_read_batch(recipe, stage, datasets[folder], step, positions))
     return batches
 
 
-def _read_batch(
-    recipe: Recipe, stage: Stage, dataset: LatentDataset, step: int, samples: list[tuple[int, str]]
-) -> Batch:
-    """The clips `samples`, pairs of (index, id), with their random numbers of `step`."""
-    ids = [name for _, name in samples]
+def _read_batch(recipe: Recipe, stage: Stage, dataset: LatentDataset, step: int, positions: range) -> Batch:
+    """The clips at `positions` of the dataset's stream, with their random numbers of `step`."""
     frames = dataset.clip_frames(stage)
-    clips = [dataset.read(index, frames) for index, _ in samples]
-    x = torch.stack([latent for latent, _, _ in clips])
+    clips = [dataset.clip_at(recipe.run.seed, position, frames) for position in positions]
+    ids = [clip.id for clip in clips]
+    x = torch.stack([clip.latent for clip in clips])
     sizes = recipe.model.chunking.sizes(frames)
     wanted = {**LOSS_DRAWS, **stage.history.draws}
     draws = make_draws(wanted, recipe.run.seed, step, ids, tuple(x.shape[1:]), len(sizes))
     dropped = (draws["caption_dropout"] < recipe.flow.caption_dropout).tolist()
-    captions = [dataset.empty_caption if drop else text for drop, (_, text, _) in zip(dropped, clips)]
-    return Batch(ids, x, pad_text(captions, recipe.model), draws, sizes)
+    captions = [dataset.empty_caption if drop else clip.text for drop, clip in zip(dropped, clips)]
+    damaged = [damage.line() for clip in clips for damage in clip.damage]
+    return Batch(ids, x, pad_text(captions, recipe.model), draws, sizes, damaged=damaged)
 
 
 def steps(

@@ -2,21 +2,37 @@
 
     card -> index of every sample in its shard -> one order per epoch -> samples at given positions
 
-Samples are read by their offsets in the tar files. Nothing is unpickled.
+A sample is one read at its offset in a tar file. Its bytes are checked against the index, its values against the card.
+Nothing is unpickled.
 """
 
 import hashlib
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.card import read_card
-from data_prep.shards import index_shard, read_sample
+from data_prep.card import check_sample, read_card
+from data_prep.index import SampleIndex
+from data_prep.shards import SampleError, read_sample
 from rf_train.config import Stage
+from rf_train.data.damage import Damage
 from rf_train.model.settings import ModelSettings
+
+TRIES = 100  # samples that are tried for one position
+
+
+class Clip(NamedTuple):
+    """The clip at a position: its id, latent fp32 [C, F, H, W], text fp32 [L, D], JSON, and what was damaged before."""
+
+    id: str
+    latent: Tensor
+    text: Tensor
+    meta: dict
+    damage: list[Damage]
 
 
 class LatentDataset:
@@ -31,42 +47,58 @@ class LatentDataset:
         check_card(self.card, model, self.folder)
         latent = self.card["latent"]
         self.tokens_per_frame = model.tokens_per_frame(latent["height"], latent["width"])
-        self.sample_index = [
-            (shard["file"], key, members)
-            for shard in self.card["shards"]
-            for key, members in index_shard(self.folder / shard["file"])
-        ]
-        counted = self.card["counts"]["samples"]
-        if len(self.sample_index) != counted:
-            raise ValueError(
-                f"{self.folder}: the card counts {counted} samples, the shards hold {len(self.sample_index)}"
-            )
+        self.index = SampleIndex(self.folder, self.card)
         self.empty_caption = torch.tensor(self.card["empty_caption"], dtype=torch.float32)
         self._order: tuple[tuple[int, int], np.ndarray] | None = None  # of the last (seed, epoch) asked for
 
     def __len__(self) -> int:
-        return len(self.sample_index)
+        return len(self.index)
 
     def key(self, index: int) -> str:
         """The name of sample `index`."""
-        return self.sample_index[index][1]
+        return self.index.key(index)
 
     def summary(self) -> dict:
         """What must be the same on every rank: the number of samples, and a hash of what the card says about them."""
         parts = json.dumps(
-            [self.card[key] for key in ("codec", "latent", "text", "empty_caption", "shards")], sort_keys=True
+            [self.card[key] for key in ("codec", "latent", "text", "empty_caption", "shards", "index")], sort_keys=True
         )
         return {"samples": len(self), "card": hashlib.sha256(parts.encode()).hexdigest()[:16]}
 
     def read(self, index: int, frames: int = 0) -> tuple[Tensor, Tensor, dict]:
         """Sample `index`: latent fp32 [C, F, H, W], text fp32 [L, D], and its JSON.
 
-        `frames` cuts the latent to its first frames; 0 = all.
+        `frames` cuts the latent to its first frames; 0 = all. Raises SampleError, a ValueError, when the sample is not
+        as it was written, or does not fit the card.
         """
-        file, _, members = self.sample_index[index]
-        stored, text, meta = read_sample(self.folder / file, members)
-        latent = torch.from_numpy(stored[:, : frames or None].astype(np.float32))
-        return latent, torch.from_numpy(text.astype(np.float32)), meta
+        file, entry = self.index[index]
+        sample = read_sample(self.folder / file, entry)
+        check_sample(self.card, f"{self.folder / file}: {entry.key}", sample)
+        latent = torch.from_numpy(sample.latent[:, : frames or None].astype(np.float32))
+        return latent, torch.from_numpy(sample.text.astype(np.float32)), sample.meta
+
+    def clip_at(self, seed: int, position: int, frames: int = 0) -> Clip:
+        """The clip at a position of the endless stream of `samples_at`.
+
+        A sample that can't be read as it was written is replaced by the next one of the epoch's order that can. So the
+        clip depends on the position and the data alone, and ranks stay in step. Raises ValueError after TRIES samples.
+        """
+        epoch, place = divmod(position, len(self))
+        order = self._epoch_order(seed, epoch)
+        name, bad = f"{self.key(int(order[place]))}@{epoch}", []
+        for step in range(min(TRIES, len(self))):
+            index = int(order[(place + step) % len(self)])
+            try:
+                latent, text, meta = self.read(index, frames)
+            except SampleError as error:
+                bad.append((self.index[index][0], self.key(index), error))
+                continue
+            used = self.key(index)
+            damage = [
+                Damage(name, str(self.folder), file, key, error.reason, error.detail, used) for file, key, error in bad
+            ]
+            return Clip(f"{name}>{used}" if bad else name, latent, text, meta, damage)
+        raise ValueError(f"{bad[0][2]}; and so are the next {len(bad) - 1} samples. Look at {self.folder}")
 
     def clip_frames(self, stage: Stage) -> int:
         """Latent frames of a clip in `stage`. Raises ValueError when the dataset's clips are shorter."""

@@ -1,5 +1,6 @@
 """A micro-batch: what one forward and backward pass of a rank reads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +17,7 @@ class Batch:
     draws: dict[str, Tensor]  # random numbers by purpose, see `randomness.make_draws`
     chunk_sizes: list[int]  # N numbers: latent frames of each chunk
     present: Tensor | None = None  # bool [B, F]: which latent frames exist; None: all of them
+    damaged: Sequence[str] = ()  # the samples that could not be read, and were replaced: a line of JSON each
 
     @property
     def history_frames(self) -> int:

@@ -13,10 +13,11 @@ import torch
 from tqdm import tqdm
 
 from data_prep.command import run_command
+from data_prep.files import locked
 from rf_train import config
 from rf_train.engine.collectives import free_port
 from rf_train.evidence.experiments import FILE, Arm, Plan, chosen, read_evidence
-from rf_train.evidence.results import add_record, check_same_plan, locked, read_records, record_of, write_page
+from rf_train.evidence.results import add_record, check_same_plan, read_records, record_of, write_page
 
 
 def runs_needed(plan: Plan, names: list[str], arms: list[str], seeds: int) -> list[tuple[Arm, int]]:

@@ -1,14 +1,12 @@
 """What finished runs gave: `results.json`, and the page and curves that are made of it."""
 
-import fcntl
 import io
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from data_prep.files import write_atomic, write_json
+from data_prep.files import locked, write_atomic, write_json
 from rf_train import config
 from rf_train.evaluation.statistics import mean_and_std
 from rf_train.evaluation.video_metrics import VIDEO_METRICS
@@ -95,15 +93,6 @@ def add_record(plan: Plan, arm: Arm, seed: int, record: Record) -> Records:
         write_json(path, records)
         write_page(plan, records)
     return records
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[int]:
-    """Waits until no other process has this file. Yields its descriptor: a child that gets it counts, too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file.fileno()
 
 
 def check_same_plan(plan: Plan, arm: Arm, seed: int, record: Record) -> None:

@@ -1,13 +1,11 @@
 """The micro-batches of a step: a function of seed and step, the same for any number of replicas and any micro-batch."""
 
-import json
-
 import pytest
 import torch
 
 from rf_train import config
 from rf_train.data.batches import micro_steps, open_datasets, step_batches, steps
-from tests.conftest import plain_settings, write_dataset
+from tests.conftest import change_card, plain_settings, write_dataset
 
 
 def recipe_for(folder, **stage) -> config.Recipe:
@@ -117,9 +115,7 @@ def test_datasets_of_different_codecs_or_text_encoders_are_refused(tmp_path, par
     folder, other = write_dataset(tmp_path / "d"), write_dataset(tmp_path / "other", seed=1)
     recipe = recipe_for(folder, data=str(other))
     assert set(open_datasets(recipe)) == {str(folder), str(other)}
-    card = json.loads((other / "dataset.json").read_text())
-    card[part]["hash"] = "another"
-    (other / "dataset.json").write_text(json.dumps(card))
+    change_card(other, lambda card: card[part].update(hash="another"))
     with pytest.raises(ValueError, match=f"its {part} is not that of"):
         open_datasets(recipe)
 

@@ -1,14 +1,19 @@
 """A dataset folder: each sample once per epoch, cut clips, what other tools read, and datasets that are refused."""
 
 import json
+import zlib
 
+import numpy as np
 import pytest
 import torch
 import webdataset
 
+from data_prep.index import write_index
+from data_prep.shards import Entry, SampleError, ShardWriter, npy_bytes
+from data_prep.verify import problems
 from rf_train.config import Stage
 from rf_train.data.latent_dataset import LatentDataset
-from tests.conftest import tiny_settings, write_dataset
+from tests.conftest import change_card, tiny_settings, write_dataset
 
 
 def test_every_sample_comes_once_per_epoch_in_a_fresh_order(tmp_path):
@@ -76,48 +81,166 @@ def test_a_dataset_that_does_not_fit_the_model_is_refused_with_every_difference(
         assert part in str(caught.value)
 
 
-def no_tar_file(folder):
-    shard = folder / "shard-000001.tar"
-    shard.write_bytes(b"no tar at all".ljust(shard.stat().st_size, b"."))
-
-
-def cut_shard(folder):
-    shard = folder / "shard-000001.tar"
-    shard.write_bytes(shard.read_bytes()[:-1024])
-
-
-def change_card(folder, change):
+def edit_card(folder, change):
     path = folder / "dataset.json"
     card = json.loads(path.read_text())
     change(card)
     path.write_text(json.dumps(card))
 
 
+def edited_std(folder):
+    edit_card(folder, lambda card: card["latent"]["std"].__setitem__(0, 2.0))
+
+
 def unknown_schema(folder):
-    change_card(folder, lambda card: card.update(schema=99))
-
-
-def wrong_count(folder):
-    change_card(folder, lambda card: card["counts"].update(samples=13))
+    edit_card(folder, lambda card: card.update(schema=99))
 
 
 def no_card(folder):
     (folder / "dataset.json").unlink()
 
 
+def no_index(folder):
+    (folder / "samples.npy").unlink()
+
+
+def index_with_a_flipped_bit(folder):
+    flip(folder / "samples.npy", -10)
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (no_tar_file, "shard-000001.tar: not a tar file"),
-        (cut_shard, "shard-000001.tar: .* bytes, but"),
+        (edited_std, "edited or damaged"),
         (unknown_schema, "schema 99"),
-        (wrong_count, "the card counts 13 samples, the shards hold 12"),
         (no_card, "not a dataset"),
+        (no_index, "samples.npy: missing"),
+        (index_with_a_flipped_bit, "samples.npy: not the index that the card names"),
     ],
 )
-def test_a_damaged_dataset_is_refused(tmp_path, damage, message):
+def test_a_dataset_with_a_damaged_card_or_index_is_refused(tmp_path, damage, message):
     folder = write_dataset(tmp_path / "d")
     LatentDataset(folder, tiny_settings())
     damage(folder)
     with pytest.raises(ValueError, match=message):
         LatentDataset(folder, tiny_settings())
+
+
+def flip(path, place):
+    """Flips a bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 4
+    path.write_bytes(data)
+
+
+def inside_latent(folder, dataset):
+    """Flips a bit in the middle of the latent of sample 7, in the second shard."""
+    file, entry = dataset.index[7]
+    flip(folder / file, entry.offset + 3 * 512 + 300)
+
+
+def cut_shard(folder, dataset):
+    path = folder / dataset.index[7][0]
+    path.write_bytes(path.read_bytes()[: dataset.index[7][1].offset + 100])
+
+
+def no_shard(folder, dataset):
+    (folder / dataset.index[7][0]).unlink()
+
+
+def a_folder_instead(folder, dataset):
+    path = folder / dataset.index[7][0]
+    path.unlink()
+    path.mkdir()
+
+
+def zeros(folder, dataset):
+    path = folder / dataset.index[7][0]
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def empty(folder, dataset):
+    (folder / dataset.index[7][0]).write_bytes(b"")
+
+
+def of_another_dataset(folder, dataset):
+    other = write_dataset(folder.parent / "other", 12, seed=5)
+    (folder / dataset.index[7][0]).write_bytes((other / dataset.index[7][0]).read_bytes())
+
+
+def swapped_with_another_shard(folder, dataset):
+    one, other = (folder / dataset.index[number][0] for number in (7, 2))
+    a, b = one.read_bytes(), other.read_bytes()
+    one.write_bytes(b)
+    other.write_bytes(a)
+
+
+DAMAGES = {
+    inside_latent: ("damaged", [7]),
+    cut_shard: ("cut short", [7, 8, 9]),
+    no_shard: ("missing", [5, 6, 7, 8, 9]),
+    a_folder_instead: ("unreadable", [5, 6, 7, 8, 9]),
+    zeros: ("damaged", [5, 6, 7, 8, 9]),
+    empty: ("cut short", [5, 6, 7, 8, 9]),
+    of_another_dataset: ("damaged", [5, 6, 7, 8, 9]),
+    swapped_with_another_shard: ("damaged", list(range(10))),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_damaged_samples_are_named_and_replaced_and_the_others_delivered(tmp_path, damage):
+    folder = write_dataset(tmp_path / "d", 12)
+    dataset = LatentDataset(folder, tiny_settings())
+    healthy = [dataset.clip_at(3, position) for position in range(24)]
+    damage(folder, dataset)
+    reason, bad = DAMAGES[damage]
+    bad_keys = {dataset.key(index) for index in bad}
+    replaced = 0
+    for position, before in enumerate(healthy):
+        clip = dataset.clip_at(3, position)
+        if before.id.split("@")[0] not in bad_keys:
+            assert clip.id == before.id and torch.equal(clip.latent, before.latent) and not clip.damage
+            continue
+        replaced += 1
+        assert {one.reason for one in clip.damage} == {reason}
+        assert clip.damage[0].sample == before.id.split("@")[0] and clip.damage[0].id == before.id
+        assert clip.id == f"{before.id}>{clip.damage[0].replaced_by}"
+        assert clip.meta["key"] == clip.damage[0].replaced_by not in bad_keys
+    assert replaced == 2 * len(bad)
+    found = list(problems(folder))
+    assert found and all(str(folder) in line for line in found)
+
+
+def test_values_that_are_not_finite_or_do_not_fit_the_card_are_damage(tmp_path):
+    folder = write_dataset(tmp_path / "d", 12)
+    path = folder / "shard-000000-0000.tar"
+    writer = ShardWriter(path)
+    latent, text = np.zeros((4, 9, 4, 6), np.float16), np.zeros((2, 12), np.float16)
+    for clip in range(5):
+        writer.add(clip, 0, latent[:, : 9 - (clip == 1)], text, {"caption": ""})
+    broken = npy_bytes(np.full_like(latent, np.nan))
+    record = writer.finish()
+    entry = Entry(*record["index"][2])
+    data = bytearray(path.read_bytes())
+    whole = bytes(data[entry.offset : entry.offset + entry.bytes])
+    data[entry.offset : entry.offset + entry.bytes] = whole.replace(npy_bytes(latent), broken)
+    path.write_bytes(data)
+    record["index"][2][2] = zlib.crc32(data[entry.offset : entry.offset + entry.bytes])
+    others = [list(map(int, row)) for row in np.load(folder / "samples.npy")[5:]]
+    index = write_index(folder, [record, {"index": others}])
+    change_card(folder, lambda card: card.update(index=index))
+    dataset = LatentDataset(folder, tiny_settings())
+    with pytest.raises(SampleError, match=r"000001_0000: malformed \(latent float16 \(4, 8, 4, 6\)"):
+        dataset.read(1)
+    with pytest.raises(SampleError, match=r"000002_0000: not finite \(864 values of its latent"):
+        dataset.read(2)
+    assert dataset.read(3)[0].shape == (4, 9, 4, 6)
+
+
+def test_a_dataset_without_any_healthy_sample_ends_with_a_name(tmp_path):
+    folder = write_dataset(tmp_path / "d", 12)
+    dataset = LatentDataset(folder, tiny_settings())
+    for path in folder.glob("*.tar"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"missing \(no such file\); and so are the next 11 samples"):
+        dataset.clip_at(0, 0)

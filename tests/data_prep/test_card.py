@@ -4,36 +4,38 @@ import json
 
 import pytest
 
-from data_prep.card import card_geometry, read_card, verify_dataset, write_card
+from data_prep import verify
+from data_prep.card import SCHEMA, card_geometry, card_hash, read_card, write_card
 from data_prep.geometry import WAN_2_1
+from data_prep.index import write_index
 from tests.data_prep.test_shards import write as write_shards
 
 
 def write(folder, count=5):
     """A dataset of `count` samples. Returns its card."""
-    shards = write_shards(folder, count)
+    records = write_shards(folder, count)
+    shards = [{key: record[key] for key in ("file", "samples", "bytes", "sha256")} for record in records]
     latent = {"channels": 16, "frames": 2, "height": 3, "width": 4, "dtype": "float16", "strides": [4, 8, 8]}
     card = {
-        "schema": 1,
+        "schema": SCHEMA,
         "codec": {"name": "default", "hash": "0", "settings": {}, "folder": None},
         "latent": {**latent, "mean": [0.0] * 16, "std": [1.0] * 16},
         "video": {"fps": 16, "frames": 5, "height": 24, "width": 32},
         "text": {"name": "default", "dim": 5, "max_tokens": 8, "hash": "0", "folder": None},
         "empty_caption": [[0.0] * 5],
         "counts": {"videos": count, "samples": count, "shards": len(shards), "skipped": {}, "dropped_seconds": 0.0},
-        "skipped": [],
         "shards": shards,
+        "index": write_index(folder, records),
         "source": {"path": "videos", "settings": {}},
     }
-    write_card(folder, card)
-    return card
+    return write_card(folder, card)
 
 
 def test_round_trip(tmp_path):
     card = write(tmp_path)
     assert read_card(tmp_path) == card
     assert card_geometry(card) == WAN_2_1
-    assert verify_dataset(tmp_path) == 5
+    assert verify.verify(tmp_path) == 5
 
 
 def test_a_folder_without_a_card_is_no_dataset(tmp_path):
@@ -46,15 +48,15 @@ def test_a_folder_without_a_card_is_no_dataset(tmp_path):
 @pytest.mark.parametrize(
     "change, says",
     [
-        (lambda card: card.update(schema=2), "schema 2"),
+        (lambda card: card.update(schema=1), "schema 1, this version reads 2; encode the videos again"),
         (lambda card: card.pop("latent"), "no section 'latent'"),
         (lambda card: card["video"].pop("fps"), "video.fps"),
         (lambda card: card["latent"].update(std=[1.0]), "16 numbers"),
         (lambda card: card["latent"].update(strides=[4, 8]), "3 whole numbers"),
         (lambda card: card.update(shards=[]), "no shards"),
         (lambda card: card["shards"][0].update(file="../x.tar"), "plain file name"),
-        (lambda card: card["shards"][0].update(bytes=1), "dataset.json says 1"),
-        (lambda card: card["shards"][0].update(file="gone.tar"), "missing"),
+        (lambda card: card["index"].update(file="/etc/passwd"), "plain file name"),
+        (lambda card: card["counts"].update(samples=6), "counts.samples is not the sum"),
         (lambda card: card.update(empty_caption=[[0.0]]), "empty_caption"),
     ],
 )
@@ -62,17 +64,68 @@ def test_a_card_that_does_not_fit_says_what_is_wrong(tmp_path, change, says):
     write(tmp_path)
     card = json.loads((tmp_path / "dataset.json").read_text())
     change(card)
+    card["hash"] = card_hash(card)
     (tmp_path / "dataset.json").write_text(json.dumps(card))
     with pytest.raises(ValueError, match=says):
         read_card(tmp_path)
 
 
-def test_verify_finds_a_flipped_bit(tmp_path):
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda card: card["latent"].update(height=4),
+        lambda card: card["latent"]["std"].__setitem__(3, 2.0),
+        lambda card: card["counts"].update(samples=6),
+        lambda card: card.update(remark="mine"),
+        lambda card: card.pop("hash"),
+    ],
+)
+def test_an_edited_card_is_refused(tmp_path, edit):
     write(tmp_path)
-    path = tmp_path / "shard-000001.tar"
+    card = json.loads((tmp_path / "dataset.json").read_text())
+    edit(card)
+    (tmp_path / "dataset.json").write_text(json.dumps(card))
+    with pytest.raises(ValueError, match="edited or damaged"):
+        read_card(tmp_path)
+
+
+def flip(folder):
+    path = folder / "shard-000001-0000.tar"
     data = bytearray(path.read_bytes())
-    data[800] ^= 1
+    data[2000] ^= 1
     path.write_bytes(data)
-    read_card(tmp_path)  # sizes still fit
-    with pytest.raises(ValueError, match=r"shard-000001\.tar: its sha256"):
-        verify_dataset(tmp_path)
+
+
+def append(folder):
+    with open(folder / "shard-000001-0000.tar", "ab") as file:
+        file.write(b"more")
+
+
+def flip_at_the_end(folder):
+    path = folder / "shard-000001-0000.tar"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage, lines",
+    [
+        (flip, ["shard-000001-0000.tar: 000002_0007: damaged (its CRC-32", "shard-000001-0000.tar: its sha256"]),
+        (append, ["shard-000001-0000.tar: 10244 bytes, the card says 10240"]),
+        (flip_at_the_end, ["shard-000001-0000.tar: its sha256"]),
+        (lambda folder: (folder / "shard-000001-0000.tar").unlink(), ["shard-000001-0000.tar: 000002_0007: missing"]),
+    ],
+)
+def test_verify_names_all_that_is_wrong(tmp_path, damage, lines, capsys):
+    write(tmp_path)
+    assert verify.main([str(tmp_path)]) == 0
+    assert "all 5 samples are as they were written" in capsys.readouterr().out
+    damage(tmp_path)
+    read_card(tmp_path)  # the card itself still fits
+    found = list(verify.problems(tmp_path))
+    assert len(found) == len(lines) and all(f"{tmp_path}/{line}" in one for one, line in zip(found, lines))
+    assert verify.main([str(tmp_path), str(tmp_path / "none")]) == 2
+    said = capsys.readouterr()
+    assert all(line in said.out for line in [*lines, "no such folder"])
+    assert said.err.splitlines()[-1] == f"error: {len(lines) + 1} problems found"

@@ -1,16 +1,23 @@
 """From a folder or manifest of videos to a dataset: the right clips, every complaint in one line, nothing twice."""
 
 import json
+import os
+import shutil
+import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_prep import default_codec, encode
-from data_prep.card import read_card, verify_dataset
+from data_prep import default_codec, encode, shards
+from data_prep.card import read_card
 from data_prep.codecs import dataset_codec
-from data_prep.shards import index_shard, read_sample
+from data_prep.index import SampleIndex
+from data_prep.shards import read_sample
 from data_prep.text import HashText, dataset_text
+from data_prep.verify import verify
 from data_prep.video import read_frames, write_video
 from tests.data_prep.test_video import picture, write, write_sound
 
@@ -34,15 +41,23 @@ def videos(tmp_path):
 
 
 def run(src, out, *more):
-    return encode.main([str(src), str(out), "--size", "32x48", "--frames", "5", "--samples-per-shard", "3", *more])
+    settings = ["--size", "32x48", "--frames", "5", "--samples-per-shard", "3"]
+    return encode.main([str(src), str(out), *settings, *more])
 
 
 def samples(out):
-    found = {}
-    for shard in read_card(out)["shards"]:
-        for key, members in index_shard(out / shard["file"]):
-            found[key] = read_sample(out / shard["file"], members)
-    return found
+    index = SampleIndex(out, read_card(out))
+    found = (index[number] for number in range(len(index)))
+    return {entry.key: read_sample(out / file, entry) for file, entry in found}
+
+
+def failures(out):
+    return [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
+
+
+def content(out):
+    """Every file of a dataset, by name."""
+    return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
 def test_a_folder_becomes_a_dataset(videos, tmp_path, capsys):
@@ -50,7 +65,7 @@ def test_a_folder_becomes_a_dataset(videos, tmp_path, capsys):
     assert run(videos, out) == 0
     assert "1 of 3 videos have no caption" in capsys.readouterr().err
     card, found = read_card(out), samples(out)
-    assert verify_dataset(out) == 7
+    assert verify(out) == 7
     # a.mkv: 20 frames make 4 clips; b.mp4: 12 make 2, 2 frames left; more/c.mp4: 7 make 1, 2 left
     assert list(found) == [f"{row:06d}_{clip:04d}" for row, clips in enumerate((4, 2, 1)) for clip in range(clips)]
     assert [shard["samples"] for shard in card["shards"]] == [3, 3, 1]
@@ -108,9 +123,7 @@ def test_again_does_nothing_and_elsewhere_makes_the_same_bytes(videos, tmp_path,
     assert "exists already" in capsys.readouterr().out
     assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()} == before
     assert run(videos, other) == 0
-    assert {path.name: path.read_bytes() for path in other.iterdir()} == {
-        name: data for name, (data, _) in before.items()
-    }
+    assert content(other) == {name: data for name, (data, _) in before.items()}
 
 
 def test_other_settings_or_another_source_are_refused(videos, tmp_path, capsys):
@@ -124,9 +137,29 @@ def test_other_settings_or_another_source_are_refused(videos, tmp_path, capsys):
     assert "differs in source" in capsys.readouterr().err
 
 
-def test_interrupted_runs_are_redone(videos, tmp_path, monkeypatch, capsys):
-    out, whole = tmp_path / "data", tmp_path / "whole"
+def test_an_interrupted_run_goes_on_behind_the_last_whole_shard(videos, tmp_path, monkeypatch, capsys):
+    """Wherever it stops: while a shard is written, between a shard and its record, before the card."""
+    whole, out = tmp_path / "whole", tmp_path / "data"
     assert run(videos, whole) == 0
+    finish, made, stop = shards.ShardWriter.finish, [], {"at": 0, "named": False}
+
+    def interrupted_finish(self):
+        if len(made) == stop["at"]:
+            if stop["named"]:
+                finish(self)
+            raise KeyboardInterrupt
+        made.append(self.path.name)
+        return finish(self)
+
+    monkeypatch.setattr(shards.ShardWriter, "finish", interrupted_finish)
+    for limit, named in ((0, False), (1, True), (2, False), (2, True)):
+        stop.update(at=limit, named=named)
+        assert run(videos, out) == 130
+        assert not list(out.glob("*.tmp")) and len(list(out.glob("shard-*.json"))) == limit
+        with pytest.raises(ValueError, match="not finished"):
+            read_card(out)
+    limit = 99
+    stop.update(at=99)
 
     def interrupt(*arguments):
         raise KeyboardInterrupt
@@ -134,16 +167,136 @@ def test_interrupted_runs_are_redone(videos, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(encode, "write_card", interrupt)
         assert run(videos, out) == 130
-    with pytest.raises(ValueError, match="interrupted"):
-        read_card(out)
-    (out / "shard-000000.tar").write_bytes(b"half")
-    (out / "shard-000009.tar.tmp").write_bytes(b"half")
-    capsys.readouterr()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (out / f"shard-000000-0001.tar.{socket.gethostname()}.{dead.pid}.tmp").write_bytes(b"half")
     assert run(videos, out) == 0
-    assert "interrupted run left" in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
-        path.name: path.read_bytes() for path in whole.iterdir()
-    }
+    assert made == [f"shard-000000-{number:04d}.tar" for number in range(3)]  # each once
+    assert content(out) == content(whole)
+
+
+def test_jobs_share_the_parts_and_make_the_same_bytes(videos, tmp_path, capsys):
+    (videos / "bad.mp4").write_bytes(b"no")
+    whole, out = tmp_path / "whole", tmp_path / "data"
+    assert run(videos, whole, "--videos-per-part", "1") == 0
+    assert [shard["file"] for shard in read_card(whole)["shards"]] == [
+        f"shard-00000{part}-000{number}.tar" for part, number in ((0, 0), (0, 1), (1, 0), (3, 0))
+    ]
+    capsys.readouterr()
+    for job in ("2/3", "0/3", "2/3", "1/3"):
+        assert not (out / "dataset.json").exists()
+        assert run(videos, out, "--videos-per-part", "1", "--job", job) == 0
+    assert content(out) == content(whole)
+    said = capsys.readouterr().out
+    assert "3 of 4 parts are not done" in said and "1 of 4 parts are not done" in said
+    assert [one["source"] for one in failures(out)] == ["bad.mp4"]
+
+
+def test_jobs_at_once_fit_the_codec_once_and_make_the_same_bytes(videos, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "data"
+    settings = ["--size", "32x48", "--frames", "5", "--samples-per-shard", "3", "--videos-per-part", "1"]
+    start = "import sys; from data_prep import default_codec, encode; default_codec.STEPS = 5; sys.exit(encode.main())"
+    command = [sys.executable, "-c", start, str(videos), str(out), *settings]
+    jobs = [subprocess.Popen([*command, "--job", f"{job}/3"], stderr=subprocess.PIPE, text=True) for job in range(3)]
+    said = [job.communicate()[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0, 0], said
+    assert sum("fitted the default codec" in text for text in said) == 1
+    assert run(videos, whole, "--videos-per-part", "1") == 0
+    assert content(out) == content(whole)
+
+
+def test_a_job_with_other_settings_or_another_source_is_refused_meanwhile(videos, tmp_path, capsys):
+    out = tmp_path / "data"
+    assert run(videos, out, "--videos-per-part", "1", "--job", "0/2") == 0
+    before = content(out)
+    capsys.readouterr()
+    assert run(videos, out, "--videos-per-part", "1", "--fps", "8", "--job", "1/2") == 2
+    assert "holds another dataset, it differs in fps (16, now 8)" in capsys.readouterr().err
+    assert run(videos / "more", out, "--videos-per-part", "1", "--job", "1/2") == 2
+    assert "differs in source" in capsys.readouterr().err
+    assert content(out) == before
+
+
+def test_a_job_ends_when_too_many_videos_fail_and_retry_tries_them_again(videos, tmp_path, capsys):
+    good = (videos / "b.mp4").read_bytes()
+    for name in ("b.mp4", "a.mkv"):
+        (videos / name).write_bytes(b"no")
+    out, whole = tmp_path / "data", tmp_path / "whole"
+    settings = ["--codec", f"default:{tmp_path / 'codec'}", "--max-failures", "0.5"]
+    assert run(videos / "more", tmp_path / "codec") == 0
+    capsys.readouterr()
+    assert run(videos, out, *settings) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "2 of 3 videos failed, more than --max-failures 0.5" in error and "--retry" in error
+    settings[-1] = "1"
+    assert run(videos, out, *settings) == 0 and len(failures(out)) == 2
+    (videos / "b.mp4").write_bytes(good)
+    assert run(videos, out, *settings) == 2
+    assert "differs in source_sizes" in capsys.readouterr().err
+    assert run(videos, out, *settings, "--retry") == 0 and [one["source"] for one in failures(out)] == ["a.mkv"]
+    assert run(videos, whole, *settings) == 0
+    assert content(out) == content(whole)
+
+
+def test_unreadable_files_and_odd_names_are_failures_and_the_rest_is_encoded(videos, tmp_path, monkeypatch, capsys):
+    odd = os.fsencode(videos) + b"/caf\xe9 \x1b[31m.mp4"
+    shutil.copy(os.fsencode(videos / "b.mp4"), odd)
+    (videos / "locked.mp4").write_bytes((videos / "b.mp4").read_bytes())
+    (videos / "locked.txt").write_text("secret")
+    read_text = Path.read_text
+
+    def refuse(self, *arguments, **options):
+        if self.name == "locked.txt":
+            raise PermissionError(13, "Permission denied", str(self))
+        return read_text(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    out = tmp_path / "data"
+    assert run(videos, out) == 0
+    said = capsys.readouterr().err
+    assert "skipped locked.mp4: unreadable (its caption: Permission denied)" in said and "\x1b" not in said
+    sources = {sample.meta["source"] for sample in samples(out).values()}
+    assert sources == {"a.mkv", "b.mp4", "more/c.mp4", "caf\\xe9 \x1b[31m.mp4"}
+    assert failures(out) == [
+        {
+            "source": "locked.mp4",
+            "start": 0.0,
+            "end": None,
+            "reason": "unreadable",
+            "detail": "its caption: Permission denied",
+            "samples": 0,
+        }
+    ]
+
+
+def test_a_folder_that_cannot_be_listed_is_one_line(videos, tmp_path, monkeypatch, capsys):
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("more"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert run(videos, tmp_path / "data") == 2
+    error = capsys.readouterr().err
+    assert "more: cannot be listed (Permission denied)" in error and error.count("\n") == 1
+    assert not (tmp_path / "data").exists()
+
+
+def test_latents_that_are_not_finite_end_their_video_alone(videos, tmp_path, monkeypatch, capsys):
+    real = default_codec.DefaultCodec.encode
+    calls = []
+
+    def encode_once_with_nan(self, frames):
+        calls.append(1)
+        return real(self, frames) * (np.nan if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(default_codec.DefaultCodec, "encode", encode_once_with_nan)
+    out = tmp_path / "data"
+    assert run(videos, out) == 0
+    assert list(samples(out)) == ["000000_0000", "000000_0001", "000001_0000", "000001_0001", "000002_0000"]
+    assert [(one["source"], one["reason"], one["samples"]) for one in failures(out)] == [("a.mkv", "not finite", 2)]
 
 
 def test_bad_videos_are_skipped_logged_and_counted(videos, tmp_path, capsys):
@@ -157,11 +310,11 @@ def test_bad_videos_are_skipped_logged_and_counted(videos, tmp_path, capsys):
     captured = capsys.readouterr()
     card = read_card(out)
     assert card["counts"]["skipped"] == {"no video stream": 1, "not a video": 1, "too short": 1, "truncated": 1}
-    entries = {entry["source"]: entry for entry in card["skipped"]}
+    entries = {entry["source"]: entry for entry in failures(out)}
     assert set(entries) == {"empty.mp4", "sound.mp4", "short.mp4", "trunc.mkv"}
     assert entries["short.mp4"]["detail"] == "4 of 5 frames"
     kept = entries["trunc.mkv"]["samples"]
-    assert 0 < kept < 8 and card["counts"]["samples"] == 7 + kept == verify_dataset(out)
+    assert 0 < kept < 8 and card["counts"]["samples"] == 7 + kept == verify(out)
     assert "skipped empty.mp4: not a video" in captured.err and f"kept {kept} clips" in captured.err
     assert "skipped: 1 no video stream, 1 not a video" in captured.out
 
@@ -203,7 +356,7 @@ def test_manifests(videos, tmp_path, kind):
     clip = np.stack(list(read_frames(videos / "a.mkv", 16, (32, 48))))[8:13]
     assert np.array_equal(latent, dataset_codec(out).encode(clip).astype(np.float16))
     assert found["000000_0000"][2]["caption"] == "whole, really"
-    assert card["counts"]["skipped"] == {"missing": 1} and card["skipped"][0]["source"] == "videos/none.mp4"
+    assert card["counts"]["skipped"] == {"missing": 1} and failures(out)[0]["source"] == "videos/none.mp4"
 
 
 def test_the_codec_of_another_dataset(videos, tmp_path, capsys):
@@ -230,6 +383,11 @@ def test_the_codec_of_another_dataset(videos, tmp_path, capsys):
         (["--codec", "wan:nowhere"], "no Wan VAE here"),
         (["--text", "clip"], "unknown text encoder"),
         (["--samples-per-shard", "0"], "samples per shard"),
+        (["--videos-per-part", "0"], "videos per part"),
+        (["--workers", "0"], "workers must be at least 1"),
+        (["--max-failures", "2"], "max failures 2.0: a share"),
+        (["--job", "2/2"], "job '2/2': expected I/N"),
+        (["--job", "one"], "job 'one': expected I/N"),
     ],
 )
 def test_bad_settings_are_one_line(videos, tmp_path, capsys, arguments, says):
@@ -268,8 +426,6 @@ def test_bad_sources_are_one_line(videos, tmp_path, capsys):
 
 def test_it_never_imports_what_it_does_not_use():
     """The default path needs neither diffusers nor transformers: they take seconds to import."""
-    import subprocess
-
     heavy = "[name for name in ('diffusers', 'transformers') if name in sys.modules]"
     code = f"import sys, data_prep.encode, data_prep.draw; print({heavy})"
     done = subprocess.run(

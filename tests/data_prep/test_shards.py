@@ -1,14 +1,19 @@
-"""Shards: webdataset's layout, the same bytes every time, and one clear line for whatever is broken."""
+"""Shards: webdataset's layout, the same bytes every time, and one clear reason for whatever is broken."""
 
 import hashlib
+import io
+import os
 import subprocess
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
+import webdataset
 
 from data_prep import shards
-from data_prep.shards import ShardWriter
+from data_prep.index import SampleIndex, write_index
+from data_prep.shards import Entry, SampleError, ShardWriter
 
 
 def sample(n):
@@ -17,25 +22,29 @@ def sample(n):
 
 
 def write(folder, count=5, per_shard=2):
-    """Writes `count` samples. Returns the list of shards."""
+    """Writes `count` samples, of clip 7 of as many videos. Returns the records of the shards."""
     folder.mkdir(exist_ok=True)
-    with ShardWriter(folder, per_shard) as writer:
-        for n in range(count):
-            writer.add(f"{n:06d}_0000", *sample(n))
-    return writer.shards
+    records = []
+    for shard, begin in enumerate(range(0, count, per_shard)):
+        writer = ShardWriter(folder / f"shard-{shard:06d}-0000.tar")
+        for n in range(begin, min(begin + per_shard, count)):
+            writer.add(n, 7, *sample(n))
+        records.append(writer.finish())
+    return records
 
 
 def test_round_trip(tmp_path):
     written = write(tmp_path / "data")
-    assert [shard["samples"] for shard in written] == [2, 2, 1]
+    assert [record["samples"] for record in written] == [2, 2, 1]
     n = 0
-    for shard in written:
-        path = tmp_path / "data" / shard["file"]
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == shard["sha256"]
-        for key, members in shards.index_shard(path):
-            latent, text, meta = shards.read_sample(path, members)
+    for record in written:
+        path = tmp_path / "data" / record["file"]
+        data = path.read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (record["bytes"], record["sha256"])
+        for entry in map(Entry._make, record["index"]):
+            latent, text, meta = shards.read_sample(path, entry)
             expected = sample(n)
-            assert key == f"{n:06d}_0000" and meta == {**expected[2], "key": key}
+            assert entry.key == f"{n:06d}_0007" and meta == {**expected[2], "key": entry.key}
             assert latent.dtype == text.dtype == np.float16
             assert np.array_equal(latent, expected[0].astype(np.float16))
             assert np.array_equal(text, expected[1].astype(np.float16))
@@ -43,63 +52,127 @@ def test_round_trip(tmp_path):
     assert n == 5
 
 
+def test_the_index_finds_every_sample(tmp_path):
+    records = write(tmp_path / "data")
+    card = {"shards": records, "index": write_index(tmp_path / "data", records)}
+    index = SampleIndex(tmp_path / "data", card)
+    assert len(index) == 5 and index.rows.itemsize == 24
+    assert [index[n] for n in range(5)] == [
+        (record["file"], Entry(*entry)) for record in records for entry in record["index"]
+    ]
+    assert [entry.key for shard in range(3) for entry in index.of_shard(shard)] == [index.key(n) for n in range(5)]
+    with pytest.raises(ValueError, match="the card's shards have 4 samples"):
+        SampleIndex(tmp_path / "data", {**card, "shards": records[:2]})
+
+
 def test_the_same_samples_make_the_same_bytes(tmp_path):
     assert write(tmp_path / "a") == write(tmp_path / "b")
 
 
 def test_webdataset_and_tar_read_it(tmp_path):
-    webdataset = pytest.importorskip("webdataset")
     write(tmp_path / "data")
-    path = tmp_path / "data" / "shard-000001.tar"
+    path = tmp_path / "data" / "shard-000001-0000.tar"
     read = list(webdataset.WebDataset(str(path), shardshuffle=False).decode())
-    assert [entry["__key__"] for entry in read] == ["000002_0000", "000003_0000"]
+    assert [entry["__key__"] for entry in read] == ["000002_0007", "000003_0007"]
     assert np.array_equal(read[0]["latent.npy"], sample(2)[0].astype(np.float16))
     assert read[1]["text.npy"].shape == (1, 5) and read[1]["json"]["caption"] == "clip 3, größer"
     listed = subprocess.run(["tar", "tf", str(path)], capture_output=True, text=True, check=True).stdout.split()
-    assert listed == [f"00000{n}_0000.{member}" for n in (2, 3) for member in shards.MEMBERS]
+    assert listed == [f"00000{n}_0007.{member}" for n in (2, 3) for member in shards.MEMBERS]
 
 
-def test_values_beyond_float16_are_refused_by_name(tmp_path):
+def test_values_beyond_float16_are_refused_by_name_and_the_shard_goes_on(tmp_path):
     latent, text, meta = sample(0)
+    writer = ShardWriter(tmp_path / "shard-000000-0000.tar")
+    writer.add(0, 0, latent, text, meta)
     latent[3, 1, 2, 0] = 1e6
-    refused = pytest.raises(ValueError, match="sample 000000_0000: latent: 1 of 384 values")
-    with refused, ShardWriter(tmp_path, 2) as writer:
-        writer.add("000000_0000", latent, text, meta)
-    assert not list(tmp_path.glob("*.tar"))
+    with pytest.raises(ValueError, match="sample 000001_0002: latent: 1 of 384 values"):
+        writer.add(1, 2, latent, text, meta)
+    writer.add(2, 0, *sample(2))
+    record = writer.finish()
+    keys = [shards.read_sample(writer.path, Entry(*entry)).meta["key"] for entry in record["index"]]
+    assert keys == ["000000_0000", "000002_0000"]
     with pytest.raises(ValueError, match="nan: 1 of 2"):
         shards.to_float16([0.0, float("nan")], "nan")
 
 
-def test_an_interrupted_shard_never_has_its_name(tmp_path):
-    with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, 10) as writer:
-        writer.add("000000_0000", *sample(0))
-        raise KeyboardInterrupt
-    assert [path.name for path in tmp_path.iterdir()] == ["shard-000000.tar.tmp"]
+def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path):
+    writer = ShardWriter(tmp_path / "shard-000000-0000.tar")
+    writer.add(0, 0, *sample(0))
+    assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"]
+    writer.abandon()
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("key", ["", "a.b", "a/b"])
-def test_keys_that_webdataset_would_split_are_refused(tmp_path, key):
-    with ShardWriter(tmp_path, 10) as writer, pytest.raises(ValueError, match="sample key"):
-        writer.add(key, *sample(0))
+def broken(change):
+    """What reading the third sample says after `change` of the shard's bytes; `change` may also give a new entry."""
+
+    def read(folder):
+        record = write(folder, 4, 4)[0]
+        path, entry = folder / record["file"], Entry(*record["index"][2])
+        data = bytearray(path.read_bytes())
+        entry = change(data, entry) or entry
+        path.write_bytes(data)
+        return path, entry
+
+    return read
 
 
-def test_bad_shards_are_told_in_one_line(tmp_path):
-    write(tmp_path / "data")
-    good = (tmp_path / "data" / "shard-000000.tar").read_bytes()
-    bad = tmp_path / "bad.tar"
+def flipped(data, entry):
+    data[entry.offset + entry.bytes // 2] ^= 1
 
-    def says(data, text):
-        bad.write_bytes(data)
-        with pytest.raises(ValueError, match=text) as caught:
-            shards.index_shard(bad)
-        assert str(bad) in str(caught.value) and "\n" not in str(caught.value)
 
-    says(b"this is no tar" * 100, "not a tar file")
-    says(b"", "not a tar file")
-    says(good[:700], "cut short")
-    says(good[:1536], "no text.npy, json")
-    with pytest.raises(ValueError, match="No such file"):
-        shards.index_shard(tmp_path / "none.tar")
+def cut(data, entry):
+    del data[entry.offset + 600 :]
+
+
+def other_key(data, entry):
+    """A whole sample, and the CRC-32 fits, but it is another one."""
+    return Entry(0, entry.offset // 2, zlib.crc32(data[: entry.offset // 2]), entry.video, entry.clip)
+
+
+def of_json(text):
+    def change(data, entry):
+        size = len(data[entry.offset + 512 :].split(b"\0")[0])
+        assert len(text) <= size
+        data[entry.offset + 512 : entry.offset + 512 + size] = text.ljust(size)
+        part = data[entry.offset : entry.offset + entry.bytes]
+        return entry._replace(crc32=zlib.crc32(part))
+
+    return change
+
+
+def pickled(data, entry):
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    place = data.index(b"\x93NUMPY", entry.offset)
+    data[place : place + len(buffer.getvalue())] = buffer.getvalue()
+    return entry._replace(crc32=zlib.crc32(data[entry.offset : entry.offset + entry.bytes]))
+
+
+@pytest.mark.parametrize(
+    "change, reason, says",
+    [
+        (flipped, "damaged", "CRC-32"),
+        (cut, "cut short", "600 of "),
+        (other_key, "malformed", "it holds 000000_0007.json, 000000_0007.latent.npy, 000000_0007.text.npy"),
+        (of_json(b"{"), "malformed", "Expecting property name"),
+        (of_json(b"[1]"), "malformed", "its JSON is not an object"),
+        (pickled, "malformed", "latent: not a plain npy array"),
+    ],
+)
+def test_what_is_broken_has_a_reason(tmp_path, change, reason, says):
+    path, entry = broken(change)(tmp_path)
+    with pytest.raises(SampleError) as caught:
+        shards.read_sample(path, entry)
+    assert caught.value.reason == reason and says in caught.value.detail
+    assert str(caught.value).startswith(f"{path}: 000002_0007: {reason} (") and "\n" not in str(caught.value)
+
+
+def test_what_is_missing_or_unreadable_has_a_reason(tmp_path):
+    for path, reason in ((tmp_path / "none.tar", "missing"), (tmp_path, "unreadable")):
+        with pytest.raises(SampleError) as caught:
+            shards.read_sample(path, Entry(0, 10, 0, 0, 0))
+        assert caught.value.reason == reason
 
 
 def test_pickles_are_never_loaded(tmp_path):
@@ -113,5 +186,19 @@ def test_pickles_are_never_loaded(tmp_path):
 
 def test_members_carry_no_time_or_owner(tmp_path):
     write(tmp_path)
-    with tarfile.open(tmp_path / "shard-000000.tar") as tar:
-        assert {(info.mtime, info.uid, info.gid, info.uname) for info in tar} == {(0, 0, 0, "")}
+    with tarfile.open(tmp_path / "shard-000000-0000.tar") as tar:
+        assert {(info.mtime, info.uid, info.gid, info.uname, info.gname) for info in tar} == {(0, 0, 0, "", "")}
+
+
+def test_a_full_disk_leaves_no_shard(tmp_path, monkeypatch):
+    writer = ShardWriter(tmp_path / "shard-000000-0000.tar")
+    writer.add(0, 0, *sample(0))
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        writer.finish()
+    writer.abandon()
+    assert list(tmp_path.iterdir()) == []

@@ -339,3 +339,16 @@ def test_write_video_refuses_what_browsers_do_not_play(tmp_path):
         assert (stream.codec_context.name, stream.codec_context.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 16)
     write_video(path, (picture(n) for n in range(5)), 16)
     assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize("gap, whole", [(500, True), (700, False), (10**6, False)])
+def test_a_jump_of_the_timestamps_is_damage_not_an_endless_video(tmp_path, gap, whole):
+    """Five frames at 25 per second, then one that comes `gap` seconds later."""
+    pts = [40 * n for n in range(5)] + [160 + 1000 * gap]
+    path = write(tmp_path / "jump.mkv", frames=6, pts=pts, options={"bf": "0"})
+    read = read_frames(path, Fraction(1, 10), (16, 16))
+    if whole:
+        assert len(list(read)) == gap // 10 + 1
+        return
+    with pytest.raises(VideoError, match=f"undecodable .its timestamps jump by {gap} s"):
+        list(read)

@@ -6,10 +6,11 @@ import time
 
 import pytest
 
+from data_prep.files import locked
 from rf_train.evidence import __main__ as command
 from rf_train.evidence import results
 from rf_train.evidence.experiments import Arm, Clips, Evidence, Experiment, Plan
-from rf_train.evidence.results import add_record, locked, read_records, write_page
+from rf_train.evidence.results import add_record, read_records, write_page
 
 IDENTITY = {"recipe": {"stages": [{}]}, "start": None, "seed": 0, "clips": ["data", 2]}
 SEGMENTS = [[0.5, 1.0], [1.0, 2.0]]

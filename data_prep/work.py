@@ -1,0 +1,212 @@
+"""The work of making a dataset, cut so that any number of jobs can share it and any of them can be killed.
+
+    DATASET/work.json                  what is made, and from what: settings and a fingerprint of the source
+    DATASET/shard-PPPPPP-NNNN.json     the record of shard N of part P, written after the shard itself
+
+A part is `videos_per_part` consecutive videos of the source. It makes shards of at most `samples_per_shard` clips. Each
+record says where the next shard of its part begins. So a job goes on behind the last whole shard, and the result does
+not depend on how many jobs there were, or on when they ended.
+"""
+
+import contextlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data_prep.card import CARD, read_card
+from data_prep.default_codec import CODEC_FILE
+from data_prep.files import is_abandoned, write_atomic
+from data_prep.index import INDEX
+from data_prep.shards import ShardWriter
+from data_prep.sources import Row
+
+WORK, LOCK, FAILURES = "work.json", "work.lock", "failures.jsonl"
+
+
+class Place(NamedTuple):
+    """Where a part goes on: with this shard of the part, at this clip of this row of the source."""
+
+    shard: int
+    row: int
+    clip: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work on a dataset: its folder, the videos of the source, and how they are cut into parts."""
+
+    folder: Path
+    rows: list[Row]
+    videos_per_part: int
+
+    @property
+    def parts(self) -> int:
+        """Number of parts."""
+        return -(-len(self.rows) // self.videos_per_part)
+
+    def rows_of(self, part: int) -> list[Row]:
+        """The videos of a part, in order."""
+        return self.rows[part * self.videos_per_part : (part + 1) * self.videos_per_part]
+
+    def rows_from(self, part: int, place: Place) -> list[Row]:
+        """The videos of a part from `place` on."""
+        return self.rows[place.row : (part + 1) * self.videos_per_part]
+
+    def shard(self, part: int, number: int) -> Path:
+        """The path of shard `number` of a part."""
+        return self.folder / f"shard-{part:06d}-{number:04d}.tar"
+
+    def records(self, part: int) -> tuple[list[dict], Place | None]:
+        """The records of the whole shards of a part, in order, and where it goes on. None: the part is done."""
+        records: list[dict] = []
+        row, clip = part * self.videos_per_part, 0
+        while record := _whole(self.shard(part, len(records))):
+            records.append(record)
+            if record["next"] is None:
+                return records, None
+            row, clip = record["next"]
+        return records, Place(len(records), row, clip)
+
+    def forget_failures(self, parts: range) -> int:
+        """Removes the shards of these parts from the first failure on, and the card. Returns how many shards."""
+        removed = 0
+        for part in parts:
+            records, _ = self.records(part)
+            failed = [number for number, record in enumerate(records) if record["failures"]]
+            for number in range(failed[0], len(records)) if failed else ():
+                (self.folder / CARD).unlink(missing_ok=True)
+                self.shard(part, number).with_suffix(".json").unlink()
+                self.shard(part, number).unlink(missing_ok=True)
+                removed += 1
+        return removed
+
+
+def _whole(shard: Path) -> dict | None:
+    """The record of a shard, or None when the shard is not whole."""
+    try:
+        record = json.loads(shard.with_suffix(".json").read_bytes())
+        if record["file"] is None or shard.stat().st_size == record["bytes"]:
+            return record
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+class PartWriter:
+    """Writes the shards of a part, from a place on, each with its record. As a context manager it leaves no half shard.
+
+    After the last video call `finish`: without it the part isn't done.
+    """
+
+    def __init__(self, work: Work, part: int, place: Place, samples_per_shard: int):
+        self._work, self._part, self._number, self._limit = work, part, place.shard, samples_per_shard
+        self._shard: ShardWriter | None = None
+        self._failures: list[dict] = []
+        self._dropped = 0.0
+
+    def __enter__(self) -> "PartWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._shard is not None:
+            self._shard.abandon()
+
+    def add(self, row: Row, clip: int, latent: np.ndarray, text: np.ndarray, meta: dict) -> None:
+        """Appends clip number `clip` of a video. Raises ValueError for values that are not finite in float16."""
+        if self._shard is None:
+            self._shard = ShardWriter(self._work.shard(self._part, self._number))
+        self._shard.add(row.index, clip, latent, text, meta)
+        if len(self._shard) == self._limit:
+            self._finish_shard([row.index, clip + 1])
+
+    def end_video(self, dropped: float, failure: dict | None) -> None:
+        """Notes what became of a video: seconds of its remainder, and why it failed if it did."""
+        self._dropped += dropped
+        self._failures += [failure] if failure else []
+
+    def finish(self) -> None:
+        """Writes the last shard. The part is done."""
+        self._finish_shard(None)
+
+    def _finish_shard(self, go_on: list[int] | None) -> None:
+        """Writes the shard, if there are clips, and then its record. A shard without a record is made again."""
+        content: dict = {"file": None, "samples": 0, "bytes": 0, "sha256": "", "index": []}
+        if self._shard is not None:
+            if len(self._shard):
+                content = self._shard.finish()
+            else:
+                self._shard.abandon()
+        path = self._work.shard(self._part, self._number).with_suffix(".json")
+        notes = {"failures": self._failures, "dropped_seconds": self._dropped}
+        write_atomic(path, json.dumps({**content, "next": go_on, **notes}))
+        self._shard, self._number, self._failures, self._dropped = None, self._number + 1, [], 0.0
+
+
+def stands_already(out: Path, record: dict, retry: bool = False) -> bool:
+    """True if `out` holds the finished dataset with these settings and this source.
+
+    `retry`: files may have other sizes than before. Raises ValueError if it holds another dataset, finished or not, or
+    anything else.
+    """
+    if (out / CARD).exists():
+        _check_same(out, read_card(out)["source"]["settings"], record, retry)
+        return True
+    if (out / WORK).exists():
+        check_same_work(out, record, retry)
+        return False
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file, expected a folder to write")
+    ours = (LOCK, WORK, CODEC_FILE)
+    foreign = [name for name in sorted(os.listdir(out)) if not name.startswith(ours)] if out.is_dir() else []
+    if foreign and not (out / WORK).exists():  # another job may have begun meanwhile
+        raise ValueError(f"{out}: not empty and no dataset (it holds {foreign[0]}); choose another folder")
+    return False
+
+
+def check_same_work(out: Path, record: dict, retry: bool) -> None:
+    """Raises ValueError if the unfinished dataset in `out` is made with other settings or from another source."""
+    try:
+        found = json.loads((out / WORK).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{out / WORK}: not JSON ({error}); remove {out} and start again") from None
+    _check_same(out, found if isinstance(found, dict) else {}, record, retry)
+
+
+def _check_same(out: Path, found: dict, record: dict, retry: bool) -> None:
+    differ = [key for key in sorted({*record, *found}) if record.get(key) != found.get(key)]
+    differ = [key for key in differ if not (retry and key == "source_sizes")]
+    if differ:
+        hashes = ("source", "source_sizes")
+        changes = ", ".join(
+            key if key in hashes else f"{key} ({found.get(key)}, now {record.get(key)})" for key in differ
+        )
+        raise ValueError(f"{out}: holds another dataset, it differs in {changes}")
+
+
+def parse_job(text: str) -> tuple[int, int]:
+    """(i, n) from "i/n": job i of n, counted from 0."""
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise ValueError(f"job {text!r}: expected I/N, job I of N, counted from 0, such as 0/4")
+    return int(number), int(count)
+
+
+def clear(out: Path) -> None:
+    """Removes all that `encode` wrote into `out`, which holds no finished dataset."""
+    remove_leftovers(out)
+    for name in (CODEC_FILE, INDEX, FAILURES, WORK, LOCK):
+        (out / name).unlink(missing_ok=True)
+    for path in out.glob("shard-*"):
+        path.unlink(missing_ok=True)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Removes the temporary files that killed jobs left in `out`."""
+    for path in out.glob("*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if is_abandoned(path):
+                path.unlink()
