@@ -131,7 +131,7 @@ def test_what_has_no_clips_is_not_measured():
     found = measured([broken(random_result(1, 0), 0, float("nan"))])
     assert found == {
         "loss": None, "loss_by_chunk": [None] * 3, "history_error_by_chunk": [None] * 2, "loss_by_t": [None] * 10,
-        "t_s": None, "t_s_histogram": [0] * 10, "clips_not_finite": 1,
+        "t_s": None, "t_s_histogram": [0] * 10, "clips_not_finite": 1, "damaged": 0,
     }  # fmt: skip
 
 
@@ -183,7 +183,8 @@ def measure_on_this_rank(clips: list[int]) -> dict:
     """The metrics of a step on this rank. The first clip of the second rank is broken."""
     rank = start_ranks().rank
     metrics, result = StepMetrics(), random_result(clips[rank], seed=rank)
-    metrics.add([f"{rank}-{row}" for row in range(clips[rank])], broken(result, 0, float("nan")) if rank else result)
+    ids = [f"{rank}-{row}" for row in range(clips[rank])]
+    metrics.add(ids, broken(result, 0, float("nan")) if rank else result, damaged=1 + rank)
     return {**metrics.reduced(1), "names": metrics.clips_not_finite()}
 
 
@@ -194,5 +195,6 @@ def test_metrics_are_summed_over_ranks():
     expected = measured([random_result(2, 0), without(random_result(4, 1), 0)])
     for on_rank in found:
         assert on_rank.pop("names") == ["1-0"] and on_rank.pop("clips_not_finite") == 1
+        assert on_rank.pop("damaged") == 3
         assert all(same(on_rank[name], expected[name]) for name in on_rank)
     assert set(found[0]) == {"loss", *EXPECTED}
