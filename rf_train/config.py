@@ -28,15 +28,44 @@ SHIPPED = Path(__file__).parent / "recipes"
 
 
 @dataclass(frozen=True)
+class MixturePart:
+    """A dataset of a mixture, and its share of the clips."""
+
+    data: str = ""  # dataset folder
+    weight: float = 1.0  # relative to the other parts'
+
+    def validate(self) -> None:
+        require(bool(self.data), "a part needs data, the folder of a dataset")
+        require_positive(self, "weight")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Datasets mixed by weight: `data.train` and the stages' `data` name it as they name a folder."""
+
+    name: str = ""
+    parts: tuple[MixturePart, ...] = ()
+
+    def validate(self) -> None:
+        require(bool(self.name), "name is empty; data.train names the mixture by it")
+        require(len(self.parts) > 0, f"{self.name}: a mixture needs at least one part")
+        folders = [part.data for part in self.parts]
+        require(len(set(folders)) == len(folders), f"{self.name}: the parts must differ, got {folders}")
+
+
+@dataclass(frozen=True)
 class DataSettings:
     """Dataset folders, written by `data_prep.encode`."""
 
-    train: str = ""
+    train: str = ""  # a folder, or the name of a mixture
+    mixtures: tuple[Mixture, ...] = ()
     evaluation: str = ""  # long held-out clips, with the same codec and text encoder
     max_damaged: float = 0.01  # the run stops when a larger share of the clips that it reads is damaged
 
     def validate(self) -> None:
         require(0 <= self.max_damaged <= 1, f"data.max_damaged={self.max_damaged} is not a share from 0 to 1")
+        names = [mixture.name for mixture in self.mixtures]
+        require(len(set(names)) == len(names), f"data.mixtures: names must differ, got {names}")
 
 
 @dataclass(frozen=True)
@@ -48,7 +77,7 @@ class Stage:
     history: History = field(default_factory=Autoregressive)  # one of rf_train/diffusion/histories.py
     attention: Attention = field(default_factory=Dense)  # dense | window | routed
     frames: int = 0  # latent frames of a clip; 0 = the dataset's
-    data: str = ""  # dataset folder; "" = data.train
+    data: str = ""  # dataset folder, or the name of a mixture; "" = data.train
     batch: int = 64  # clips per step, over all ranks
     lr: float = 5e-5
     lr_end: float = 0.0  # the learning rate falls linearly to this by the end of the stage; 0 = it stays
@@ -196,8 +225,17 @@ class Recipe:
         raise ValueError(f"step {step} is past the recipe's end")
 
     def dataset_of(self, stage: Stage) -> str:
-        """The dataset folder that a stage trains on."""
+        """The dataset folder that a stage trains on, or the name of a mixture."""
         return stage.data or self.data.train
+
+    def mixture(self, name: str) -> Mixture | None:
+        """The mixture of this name, if there is one."""
+        return next((mixture for mixture in self.data.mixtures if mixture.name == name), None)
+
+    def folders_of(self, name: str) -> list[str]:
+        """The dataset folders behind a name: a mixture's, or the folder itself."""
+        mixture = self.mixture(name)
+        return [part.data for part in mixture.parts] if mixture else [name]
 
 
 def recipe_path(name: str) -> Path:

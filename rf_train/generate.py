@@ -92,10 +92,11 @@ def open_run(run: str | Path, overrides: Sequence[str] = (), step: int = 0, weig
         raise ValueError(f"{folder}: the checkpoint does not fit the recipe's model: {wrong}")
     model.load_state_dict(state)
     model = model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
-    dataset = Path(recipe.data.train or recipe.stages[0].data)
+    dataset = Path(recipe.folders_of(recipe.data.train or recipe.stages[0].data)[0])
     card = read_card(dataset)
     check_card(card, recipe.model, dataset)
-    frames = [stage.frames or read_card(recipe.dataset_of(stage))["latent"]["frames"] for stage in recipe.stages]
+    folders = [recipe.folders_of(recipe.dataset_of(stage))[0] for stage in recipe.stages]
+    frames = [stage.frames or read_card(folder)["latent"]["frames"] for stage, folder in zip(recipe.stages, folders)]
     codec = dataset_codec(dataset, device.type)
     return Generator(recipe, model, checkpoint.step_of(folder), card, max(frames), codec, dataset, device)
 

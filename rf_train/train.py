@@ -24,9 +24,8 @@ from data_prep.command import BAD_INPUT, INTERRUPTED, UNFORESEEN, one_line, prin
 from data_prep.files import write_atomic
 from rf_train import config
 from rf_train.config import Recipe, Stage
-from rf_train.data.batches import micro_steps, open_datasets, steps
+from rf_train.data.batches import Datasets, micro_steps, open_datasets, steps
 from rf_train.data.damage import Damage, DamageLog
-from rf_train.data.latent_dataset import LatentDataset
 from rf_train.diffusion.batch import Batch
 from rf_train.diffusion.histories import History, make_history
 from rf_train.diffusion.history_check import check_history
@@ -192,7 +191,7 @@ def check_same_shapes(step: int, batches: list[Batch], history: History) -> None
     check_same_on_ranks(f"step {step + 1}", step=step, **counts, chunks=chunks, **shape)
 
 
-def check_split(recipe: Recipe, datasets: dict[str, LatentDataset], ranks: Ranks) -> None:
+def check_split(recipe: Recipe, datasets: Datasets, ranks: Ranks) -> None:
     """Raises ValueError when ranks, batches or tokens don't split evenly."""
     size = recipe.run.sequence_parallel_size
     if ranks.world_size % size:
@@ -205,7 +204,7 @@ def check_split(recipe: Recipe, datasets: dict[str, LatentDataset], ranks: Ranks
             raise ValueError(f"run.sequence_parallel_size={size}: {tokens}, which don't split evenly over {size} ranks")
 
 
-def planned_cases(recipe: Recipe, datasets: dict[str, LatentDataset], ranks: Ranks) -> list[StageCase]:
+def planned_cases(recipe: Recipe, datasets: Datasets, ranks: Ranks) -> list[StageCase]:
     """The plan of each stage on the ranks of this run. All ranks have the same: the smallest memory counts."""
     here = ranks_on_this_machine()
     memory_here = torch.tensor(memory_of(ranks.device, here), device=ranks.device)
@@ -244,7 +243,7 @@ def what_fits(cases: list[StageCase]) -> str:
     return f"these settings fit{taking}: {' '.join(found.overrides)}"
 
 
-def check_model(recipe: Recipe, engine: Engine, datasets: dict[str, LatentDataset]) -> None:
+def check_model(recipe: Recipe, engine: Engine, datasets: Datasets) -> None:
     """Runs the self-test on the engine's model, and makes the history of each stage once, on random clips."""
     frames = [datasets[recipe.dataset_of(stage)].clip_frames(stage) for stage in recipe.stages]
     chunks = [len(engine.chunking.sizes(count)) for count in frames]

@@ -13,33 +13,43 @@ import torch
 
 from rf_train.config import Recipe, Stage
 from rf_train.data.latent_dataset import LatentDataset
+from rf_train.data.mixture import MixedDataset
 from rf_train.diffusion.batch import Batch
 from rf_train.diffusion.randomness import LOSS_DRAWS, make_draws
 from rf_train.model.transformer import pad_text
 
+Datasets = dict[str, LatentDataset | MixedDataset]  # by folder, or by the name of a mixture
 
-def open_datasets(recipe: Recipe) -> dict[str, LatentDataset]:
-    """Every dataset that training reads, by folder. Raises ValueError when codecs or text encoders differ."""
-    folders = [recipe.dataset_of(stage) for stage in recipe.stages]
-    if "" in folders:
+
+def open_datasets(recipe: Recipe) -> Datasets:
+    """Every dataset that training reads. Raises ValueError when codecs or text encoders differ."""
+    names = [recipe.dataset_of(stage) for stage in recipe.stages]
+    if "" in names:
         raise ValueError("data.train: no dataset folder is set")
     if recipe.evaluation.every:
         if not Path(recipe.data.evaluation).is_dir():
             raise ValueError(
                 f"data.evaluation: {recipe.data.evaluation}: no such folder; evaluation.every needs long held-out clips"
             )
-        folders.append(recipe.data.evaluation)
-    datasets = {folder: LatentDataset(folder, recipe.model) for folder in dict.fromkeys(folders)}
-    first = next(iter(datasets.values()))
-    for folder, dataset in datasets.items():
+        names.append(recipe.data.evaluation)
+    datasets: Datasets = {}
+    opened: dict[str, LatentDataset] = {}
+    for name in dict.fromkeys(names):
+        for folder in recipe.folders_of(name):
+            if folder not in opened:
+                opened[folder] = LatentDataset(folder, recipe.model)
+        mixture, parts = recipe.mixture(name), [opened[folder] for folder in recipe.folders_of(name)]
+        datasets[name] = MixedDataset(mixture, parts) if mixture else parts[0]
+    first = next(iter(opened.values()))
+    for folder, dataset in opened.items():
         for part in ("codec", "text"):
             if dataset.card[part]["hash"] != first.card[part]["hash"]:
                 raise ValueError(f"{folder}: its {part} is not that of {first.folder}; a run can't mix them")
     if recipe.evaluation.every:
-        sizes = [(d.card["latent"]["height"], d.card["latent"]["width"]) for d in (first, datasets[folders[-1]])]
+        sizes = [(d.card["latent"]["height"], d.card["latent"]["width"]) for d in (first, opened[names[-1]])]
         if sizes[0] != sizes[1]:
             raise ValueError(
-                f"data.evaluation: {folders[-1]} has latents of {sizes[1][0]}x{sizes[1][1]}, {first.folder} of "
+                f"data.evaluation: {names[-1]} has latents of {sizes[1][0]}x{sizes[1][1]}, {first.folder} of "
                 f"{sizes[0][0]}x{sizes[0][1]}; evaluation.every needs the same size"
             )
     for stage in recipe.stages:
@@ -55,9 +65,7 @@ def micro_steps(stage: Stage, micro_batch: int, replicas: int) -> int:
     return stage.batch // (micro_batch * replicas)
 
 
-def step_batches(
-    recipe: Recipe, datasets: dict[str, LatentDataset], step: int, replica: int, replicas: int
-) -> list[Batch]:
+def step_batches(recipe: Recipe, datasets: Datasets, step: int, replica: int, replicas: int) -> list[Batch]:
     """The micro-batches of one replica in the 0-based `step`, one per micro-step, on the CPU."""
     stage, begin, _ = recipe.span_at(step)
     folder = recipe.dataset_of(stage)
@@ -71,7 +79,9 @@ def step_batches(
     return batches
 
 
-def _read_batch(recipe: Recipe, stage: Stage, dataset: LatentDataset, step: int, positions: range) -> Batch:
+def _read_batch(
+    recipe: Recipe, stage: Stage, dataset: LatentDataset | MixedDataset, step: int, positions: range
+) -> Batch:
     """The clips at `positions` of the dataset's stream, with their random numbers of `step`."""
     frames = dataset.clip_frames(stage)
     clips = [dataset.clip_at(recipe.run.seed, position, frames) for position in positions]
@@ -87,7 +97,7 @@ def _read_batch(recipe: Recipe, stage: Stage, dataset: LatentDataset, step: int,
 
 
 def steps(
-    recipe: Recipe, datasets: dict[str, LatentDataset], first: int, replica: int, replicas: int
+    recipe: Recipe, datasets: Datasets, first: int, replica: int, replicas: int
 ) -> Iterator[tuple[int, list[Batch]]]:
     """Yields (step, its micro-batches) from step `first` to the recipe's end.
 

@@ -7,7 +7,7 @@ Nothing is unpickled.
 """
 
 import hashlib
-import json
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,13 +43,15 @@ class LatentDataset:
 
     def __init__(self, folder: str | Path, model: ModelSettings):
         self.folder = Path(folder)
-        self.card = read_card(self.folder)
-        check_card(self.card, model, self.folder)
-        latent = self.card["latent"]
+        card = read_card(self.folder)
+        check_card(card, model, self.folder)
+        latent = card["latent"]
         self.tokens_per_frame = model.tokens_per_frame(latent["height"], latent["width"])
-        self.index = SampleIndex(self.folder, self.card)
+        self.index = SampleIndex(self.folder, card)
+        self.card = {key: part for key, part in card.items() if key != "shards"}  # of ten million samples: 100 MB
         self.empty_caption = torch.tensor(self.card["empty_caption"], dtype=torch.float32)
-        self._order: tuple[tuple[int, int], np.ndarray] | None = None  # of the last (seed, epoch) asked for
+        self._lock = threading.Lock()
+        self._orders: dict[tuple[int, int], np.ndarray] = {}  # of the last two (seed, epoch) asked for
 
     def __len__(self) -> int:
         return len(self.index)
@@ -59,11 +61,8 @@ class LatentDataset:
         return self.index.key(index)
 
     def summary(self) -> dict:
-        """What must be the same on every rank: the number of samples, and a hash of what the card says about them."""
-        parts = json.dumps(
-            [self.card[key] for key in ("codec", "latent", "text", "empty_caption", "shards", "index")], sort_keys=True
-        )
-        return {"samples": len(self), "card": hashlib.sha256(parts.encode()).hexdigest()[:16]}
+        """What must be the same on every rank: the number of samples, and the card's hash."""
+        return {"samples": len(self), "card": self.card["hash"][:16]}
 
     def read(self, index: int, frames: int = 0) -> tuple[Tensor, Tensor, dict]:
         """Sample `index`: latent fp32 [C, F, H, W], text fp32 [L, D], and its JSON.
@@ -118,11 +117,20 @@ class LatentDataset:
         return samples
 
     def _epoch_order(self, seed: int, epoch: int) -> np.ndarray:
-        if self._order is None or self._order[0] != (seed, epoch):
-            digest = hashlib.sha256(f"{seed}\0order\0{epoch}".encode()).digest()
-            stream = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-            self._order = (seed, epoch), stream.permutation(len(self))
-        return self._order[1]
+        """The samples of an epoch in its order, 4 bytes each."""
+        with self._lock:
+            if (seed, epoch) not in self._orders:
+                if len(self._orders) == 2:  # a batch reaches into two epochs at most
+                    self._orders.pop(next(iter(self._orders)))
+                order = np.arange(len(self), dtype=np.uint32)
+                self._orders[seed, epoch] = random_stream(f"{seed}\0order\0{epoch}").permutation(order)
+            return self._orders[seed, epoch]
+
+
+def random_stream(name: str) -> np.random.Generator:
+    """A stream of random numbers that depends on its name alone, on every machine."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
 def clip_frames(card: dict, stage: Stage, folder: str | Path) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from data_prep.codecs import dataset_codec
 from rf_train.config import Recipe
+from rf_train.data.batches import Datasets
 from rf_train.data.latent_dataset import LatentDataset
 from rf_train.diffusion.sampling import VideoRequest, count_passes, sample_chunks
 from rf_train.engine.checkpoint import TrainingState
@@ -24,10 +25,11 @@ class TrainingEvaluation:
     Raises ValueError, before the first step, when these clips can't be continued.
     """
 
-    def __init__(self, recipe: Recipe, engine: Engine, datasets: dict[str, LatentDataset]):
+    def __init__(self, recipe: Recipe, engine: Engine, datasets: Datasets):
         self.recipe, self.engine = recipe, engine
         self.trained_frames = [datasets[recipe.dataset_of(stage)].clip_frames(stage) for stage in recipe.stages]
         dataset = datasets[recipe.data.evaluation]
+        assert isinstance(dataset, LatentDataset)
         self.videos = LongVideos(
             dataset=dataset,
             codec=dataset_codec(dataset.folder, engine.ranks.device.type),

@@ -35,7 +35,10 @@ def runs_needed(plan: Plan, names: list[str], arms: list[str], seeds: int) -> li
 def check_data(plan: Plan, arm: Arm) -> None:
     """Raises ValueError when a dataset that an arm needs isn't there."""
     recipe = config.load(config.recipe_path(arm.recipe), arm.settings)
-    for folder in (plan.evidence.clips.data, *(recipe.dataset_of(stage) for stage in recipe.stages)):
+    for folder in (
+        plan.evidence.clips.data,
+        *(folder for stage in recipe.stages for folder in recipe.folders_of(recipe.dataset_of(stage))),
+    ):
         if not (Path(folder) / "dataset.json").is_file():
             raise ValueError(f"{folder}: no dataset; `make evidence` draws and encodes all that the experiments need")
 

@@ -104,7 +104,7 @@ def clip_of(recipe: Recipe, position: int, size: tuple[int, int]) -> Clip:
     `size` = (height, width) in pixels. Raises ValueError when neither gives a valid clip.
     """
     stage, model = recipe.stages[position], recipe.model
-    folder = recipe.dataset_of(stage)
+    folder = recipe.folders_of(recipe.dataset_of(stage))[0]
     if folder and (Path(folder) / "dataset.json").is_file():
         card = read_card(Path(folder))
         check_card(card, model, folder)
