@@ -12,7 +12,7 @@ import numpy as np
 
 from data_prep.files import write_atomic
 from data_prep.geometry import LatentGeometry
-from data_prep.shards import Sample, SampleError
+from data_prep.shards import Sample, SampleError, is_finite
 
 SCHEMA = 2
 CARD = "dataset.json"
@@ -129,5 +129,5 @@ def check_sample(card: dict, where: str, sample: Sample) -> None:
     if not fits or text.dtype != np.float16:
         raise SampleError(where, "malformed", f"text {text.dtype} {text.shape} does not fit the card")
     for name, values in (("latent", latent), ("text", text)):
-        if not np.isfinite(values).all():
+        if not is_finite(values):
             raise SampleError(where, "not finite", f"{int((~np.isfinite(values)).sum())} values of its {name}")

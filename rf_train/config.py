@@ -60,9 +60,11 @@ class DataSettings:
     train: str = ""  # a folder, or the name of a mixture
     mixtures: tuple[Mixture, ...] = ()
     evaluation: str = ""  # long held-out clips, with the same codec and text encoder
+    workers: int = 2  # threads of each rank that read ahead, a step each; 0 = nothing is read ahead
     max_damaged: float = 0.01  # the run stops when a larger share of the clips that it reads is damaged
 
     def validate(self) -> None:
+        require_at_least(0, self, "workers")
         require(0 <= self.max_damaged <= 1, f"data.max_damaged={self.max_damaged} is not a share from 0 to 1")
         names = [mixture.name for mixture in self.mixtures]
         require(len(set(names)) == len(names), f"data.mixtures: names must differ, got {names}")

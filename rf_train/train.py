@@ -97,7 +97,9 @@ def train(recipe: Recipe) -> None:
     damage = DamageLog(recipe.run.out, recipe.data.max_damaged)
 
     try:
+        waiting = time.perf_counter()
         for step, batches in steps(recipe, datasets, first, engine.replica, engine.replicas):
+            waited = time.perf_counter() - waiting
             stage, begin, _ = recipe.span_at(step)
             engine.set_batch(stage.batch)
             engine.model.kept_blocks = cases[recipe.stages.index(stage)].kept_blocks
@@ -112,7 +114,7 @@ def train(recipe: Recipe) -> None:
             else:
                 state.update_average()
                 skipped.clear()
-            metrics["lr"] = engine.learning_rate
+            metrics |= {"lr": engine.learning_rate, "data_wait_s": waited}
             report_damage(step + 1, batches, stage.batch, metrics["damaged"], damage, log)
             if evaluation and evaluation.is_due(step + 1):
                 metrics["evaluation"] = evaluation.evaluate(step + 1, state)
@@ -126,6 +128,7 @@ def train(recipe: Recipe) -> None:
                     ends = {span.end for span in recipe.stage_spans}
                     checkpoint.prune(Path(recipe.run.out), recipe.run.keep, ends)
                 log.print_line(f"saved {saved}")
+            waiting = time.perf_counter()
     except BaseException:
         log.close(failed=True)
         raise

@@ -35,6 +35,7 @@ def bench_on_this_rank(arguments: list[str]) -> str:
         (["routing", "--chunks", "4", "--tokens", "32", "--heads", "2", "--top-k", "1"], "speedup_over_dense_16"),
         (["model", "--chunks", "3", "--side", "2"], "flop_rate_over_diffusers"),
         (["step", "--side", "2"], "rollout_share_7"),
+        (["data", "--samples", "4", "--steps", "2", "--index-samples", "1000"], "rate_over_webdataset"),
     ],
 )
 def test_a_benchmark_prints_its_figures(arguments, figure, monkeypatch):

@@ -5,8 +5,9 @@ ranks that share clips: one rank without sequence parallelism.) The clips of a s
 recipe. So they are the same with any number of replicas, and after any resume.
 """
 
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -101,14 +102,16 @@ def steps(
 ) -> Iterator[tuple[int, list[Batch]]]:
     """Yields (step, its micro-batches) from step `first` to the recipe's end.
 
-    The next step is read while this one is computed.
+    `data.workers` threads read the next steps, one each, while this one is computed. The steps are the same for any
+    number of them.
     """
-    arguments = (replica, replicas)
-    with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(step_batches, recipe, datasets, first, *arguments) if first < recipe.steps else None
+    if not recipe.data.workers:
         for step in range(first, recipe.steps):
-            assert ahead is not None
-            batches = ahead.result()
-            if step + 1 < recipe.steps:
-                ahead = reader.submit(step_batches, recipe, datasets, step + 1, *arguments)
-            yield step, batches
+            yield step, step_batches(recipe, datasets, step, replica, replicas)
+        return
+    with ThreadPoolExecutor(recipe.data.workers, "reader") as readers:
+        ahead: deque[Future[list[Batch]]] = deque()
+        for step in range(first, recipe.steps):
+            while len(ahead) <= recipe.data.workers and step + len(ahead) < recipe.steps:
+                ahead.append(readers.submit(step_batches, recipe, datasets, step + len(ahead), replica, replicas))
+            yield step, ahead.popleft().result()

@@ -1,9 +1,12 @@
 """The micro-batches of a step: a function of seed and step, the same for any number of replicas and any micro-batch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from rf_train import config
+from rf_train.data import batches
 from rf_train.data.batches import micro_steps, open_datasets, step_batches, steps
 from tests.conftest import change_card, plain_settings, write_dataset
 
@@ -44,14 +47,16 @@ def test_clips_and_draws_are_the_same_for_any_number_of_replicas_and_any_micro_b
     assert len(seen) == 4
 
 
-def test_reading_ahead_changes_nothing(tmp_path):
+@pytest.mark.parametrize("workers", [0, 1, 3, 20])
+def test_reading_ahead_changes_nothing(tmp_path, workers):
     recipe = recipe_for(write_dataset(tmp_path / "d"))
+    recipe = replace(recipe, data=replace(recipe.data, workers=workers))
     datasets = open_datasets(recipe)
     read = []
-    for step, batches in steps(recipe, datasets, 2, 0, 2):
+    for step, found in steps(recipe, datasets, 2, 0, 2):
         read.append(step)
         again = step_batches(recipe, datasets, step, 0, 2)
-        assert [batch.ids for batch in batches] == [batch.ids for batch in again]
+        assert [batch.ids for batch in found] == [batch.ids for batch in again]
     assert read == [2, 3, 4, 5, 6, 7]
     assert not list(steps(recipe, datasets, 8, 0, 2))
 
@@ -127,3 +132,25 @@ def test_held_out_clips_of_another_size_are_refused_before_training(tmp_path):
     plain["evaluation"]["every"] = 4
     with pytest.raises(ValueError, match=r"large has latents of 8x6, .*d of 4x6"):
         open_datasets(config.from_dict(plain))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_steps_are_read_ahead_but_not_far(tmp_path, monkeypatch, workers):
+    """While step n is computed, the next `workers` steps are read; an error comes with its own step."""
+    recipe = recipe_for(write_dataset(tmp_path / "d"))
+    recipe = replace(recipe, data=replace(recipe.data, workers=workers))
+    begun, real = [], batches.step_batches
+
+    def watched(recipe, datasets, step, *rest):
+        begun.append(step)
+        if step == 5:
+            raise OSError("step 5")
+        return real(recipe, datasets, step, *rest)
+
+    monkeypatch.setattr(batches, "step_batches", watched)
+    stream = steps(recipe, open_datasets(recipe), 0, 0, 1)
+    assert [next(stream)[0] for _ in range(2)] == [0, 1]
+    assert len(begun) <= 2 + workers
+    assert [next(stream)[0] for _ in range(3)] == [2, 3, 4]
+    with pytest.raises(OSError, match="step 5"):
+        next(stream)
