@@ -29,14 +29,14 @@ SHIPPED = Path(__file__).parent / "recipes"
 
 @dataclass(frozen=True)
 class MixturePart:
-    """A dataset of a mixture, and its share of the clips."""
+    """A dataset of a mixture, and its share of the clips, or of the steps."""
 
     data: str = ""  # dataset folder
-    weight: float = 1.0  # relative to the other parts'
+    weight: float = 0.0  # relative to the other parts'; 0 = its number of samples
 
     def validate(self) -> None:
         require(bool(self.data), "a part needs data, the folder of a dataset")
-        require_positive(self, "weight")
+        require_at_least(0, self, "weight")
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,14 @@ class Mixture:
     """Datasets mixed by weight: `data.train` and the stages' `data` name it as they name a folder."""
 
     name: str = ""
+    by: str = "clip"  # clip | step: all clips of a step are of one dataset, so pictures may differ in size
     parts: tuple[MixturePart, ...] = ()
 
     def validate(self) -> None:
         require(bool(self.name), "name is empty; data.train names the mixture by it")
+        require(self.by in ("clip", "step"), f"{self.name}: by={self.by!r}: choose clip or step")
+        weighted = [part for part in self.parts if part.weight]
+        require(len(weighted) in (0, len(self.parts)), f"{self.name}: give all parts a weight, or none")
         require(len(self.parts) > 0, f"{self.name}: a mixture needs at least one part")
         folders = [part.data for part in self.parts]
         require(len(set(folders)) == len(folders), f"{self.name}: the parts must differ, got {folders}")

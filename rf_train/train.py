@@ -201,7 +201,8 @@ def check_split(recipe: Recipe, datasets: Datasets, ranks: Ranks) -> None:
         raise ValueError(f"run.sequence_parallel_size={size} does not divide the {ranks.world_size} ranks")
     for stage in recipe.stages:
         micro_steps(stage, recipe.optimizer.micro_batch, ranks.world_size // size)
-    for dataset in datasets.values():
+    parts = (getattr(dataset, "parts", [dataset]) for dataset in datasets.values())
+    for dataset in (part for of_one in parts for part in of_one):
         if dataset.tokens_per_frame % size:
             tokens = f"a latent frame of {dataset.folder} has {dataset.tokens_per_frame} tokens"
             raise ValueError(f"run.sequence_parallel_size={size}: {tokens}, which don't split evenly over {size} ranks")

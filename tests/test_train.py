@@ -147,6 +147,25 @@ def test_too_much_damage_stops_the_run_on_all_ranks(plain_run, tmp_path):
     assert sum(row["damaged"] for row in rows[:-1]) <= SPARED < sum(row["damaged"] for row in rows)
 
 
+# ---- datasets of two sizes
+
+
+@pytest.mark.slow
+def test_steps_of_two_picture_sizes_are_the_same_on_two_ranks_and_on_one(plain_run, tmp_path):
+    wide = write_dataset(tmp_path / "wide", 9, height=2, width=12, seed=2)
+    parts = [{"data": str(plain_run.data / "short"), "weight": 1}, {"data": str(wide), "weight": 1}]
+    losses = []
+    for ranks, micro_batch in ((2, 1), (1, 2)):
+        recipe = recipe_dict(plain_run.data, tmp_path / f"run{ranks}", micro_batch=micro_batch)
+        recipe["stages"] = [{**recipe["stages"][0], "data": "sizes"}]
+        recipe["data"]["mixtures"] = [{"name": "sizes", "by": "step", "parts": parts}]
+        assert run_distributed(train_and_say, ranks, recipe=recipe) == [None] * ranks
+        losses.append([row["loss"] for row in read_rows(tmp_path / f"run{ranks}" / "metrics.jsonl")])
+    assert_close(losses[0], losses[1], 1e-4)
+    mixed = batches.open_datasets(config.from_dict(recipe))["sizes"]
+    assert {mixed.place_of(0, step)[0] for step in range(len(losses[0]))} == {0, 1}
+
+
 # ---- folders that can't be written
 
 

@@ -71,21 +71,19 @@ def step_batches(recipe: Recipe, datasets: Datasets, step: int, replica: int, re
     stage, begin, _ = recipe.span_at(step)
     folder = recipe.dataset_of(stage)
     earlier = [span for span in recipe.stage_spans if span.end <= begin and recipe.dataset_of(span.stage) == folder]
-    first = sum(span.stage.steps * span.stage.batch for span in earlier) + (step - begin) * stage.batch
+    done = [(span.stage.steps, span.stage.batch) for span in earlier]
+    places = datasets[folder].places(recipe.run.seed, done, step - begin, stage.batch)
     size, batches = recipe.optimizer.micro_batch, []
     for micro_step in range(micro_steps(stage, size, replicas)):
         own = (micro_step * replicas + replica) * size
-        positions = range(first + own, first + own + size)
-        batches.append(_read_batch(recipe, stage, datasets[folder], step, positions))
+        batches.append(_read_batch(recipe, stage, datasets[folder], step, places[own : own + size]))
     return batches
 
 
-def _read_batch(
-    recipe: Recipe, stage: Stage, dataset: LatentDataset | MixedDataset, step: int, positions: range
-) -> Batch:
-    """The clips at `positions` of the dataset's stream, with their random numbers of `step`."""
+def _read_batch(recipe: Recipe, stage: Stage, dataset: LatentDataset | MixedDataset, step: int, places: list) -> Batch:
+    """The clips at `places` of the dataset's stream, with their random numbers of `step`."""
     frames = dataset.clip_frames(stage)
-    clips = [dataset.clip_at(recipe.run.seed, position, frames) for position in positions]
+    clips = [dataset.clip_at(recipe.run.seed, place, frames) for place in places]
     ids = [clip.id for clip in clips]
     x = torch.stack([clip.latent for clip in clips])
     sizes = recipe.model.chunking.sizes(frames)

@@ -8,6 +8,7 @@ Nothing is unpickled.
 
 import hashlib
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,6 +75,14 @@ class LatentDataset:
         sample = read_sample(self.folder / file, entry)
         check_sample(self.card, f"{self.folder / file}: {entry.key}", sample)
         return to_float32(sample.latent[:, : frames or None]), to_float32(sample.text), sample.meta
+
+    def places(self, seed: int, done: Sequence[tuple[int, int]], step: int, batch: int) -> list[int]:
+        """The positions of a step's clips in the stream of `samples_at`.
+
+        `done`: (steps, clips of each) of the stages before that read this dataset; `step` counts from there on.
+        """
+        first = sum(steps * size for steps, size in done) + step * batch
+        return list(range(first, first + batch))
 
     def clip_at(self, seed: int, position: int, frames: int = 0) -> Clip:
         """The clip at a position of the endless stream of `samples_at`.

@@ -1,10 +1,11 @@
-"""Several datasets mixed by weight, as one stream of clips.
+"""Several datasets as one stream of clips, mixed by clip or by step.
 
-    positions 0 .. 999 -> how many of each dataset, in a random order -> each dataset's own stream of epochs
+    units 0 .. 999 -> how many of each dataset, in a random order -> each dataset's own stream of epochs
 
-In every PERIOD positions each dataset has the same number of places: its share, rounded. Their order is drawn from
-(seed, period). So the dataset of a position, and the place in its own stream, are found without what came before.
-Within a dataset every sample comes once per epoch; a dataset with a larger share begins its next epoch sooner.
+A unit is a clip, or a step: by step, all clips of a step are of one dataset, so the datasets may have pictures of
+different sizes (buckets). In every PERIOD units each dataset has the same number of places: its share, rounded. Their
+order is drawn from (seed, period). So the dataset of a unit, and the place in its own stream, are found without what
+came before. Within a dataset every sample comes once per epoch.
 """
 
 from collections.abc import Sequence
@@ -19,25 +20,26 @@ PERIOD = 1000
 
 
 class MixedDataset:
-    """Datasets of clips of one shape, mixed by weight.
+    """Datasets mixed by weight.
 
-    Raises a one-line ValueError when their clips differ in size, or a weight is too small to be counted.
+    Raises a one-line ValueError when clips of one step would differ in shape, or a weight is too small to be counted.
     """
 
     def __init__(self, mixture: Mixture, parts: Sequence[LatentDataset]):
-        self.folder, self.parts = mixture.name, list(parts)
-        self.places = places([part.weight for part in mixture.parts])
-        for part, count in zip(mixture.parts, self.places):
+        self.folder, self.parts, self.by = mixture.name, list(parts), mixture.by
+        self.shares = shares([entry.weight or len(part) for entry, part in zip(mixture.parts, parts)])
+        for entry, count in zip(mixture.parts, self.shares):
             if not count:
-                raise ValueError(f"data.mixtures: {mixture.name}: {part.data} has less than 1/{PERIOD} of the weight")
+                raise ValueError(f"data.mixtures: {mixture.name}: {entry.data} has less than 1/{PERIOD} of the weight")
+        alike = ("channels", "frames", *(("height", "width") if self.by == "clip" else ()))
         first = self.parts[0]
         for other in self.parts[1:]:
-            for name in ("channels", "frames", "height", "width"):
+            for name in alike:
                 sizes = other.card["latent"][name], first.card["latent"][name]
                 if sizes[0] != sizes[1]:
                     found = f"{sizes[0]} in {other.folder}, {sizes[1]} in {first.folder}"
                     raise ValueError(f"data.mixtures: {mixture.name}: latents differ in {name}: {found}")
-        self.card, self.tokens_per_frame = first.card, first.tokens_per_frame
+        self.card = max(self.parts, key=lambda part: part.tokens_per_frame).card  # what needs the most memory
         self.empty_caption = first.empty_caption
 
     def __len__(self) -> int:
@@ -45,28 +47,48 @@ class MixedDataset:
 
     def summary(self) -> dict:
         """What must be the same on every rank."""
-        return {"parts": [part.summary() for part in self.parts], "places": self.places}
+        return {"parts": [part.summary() for part in self.parts], "shares": self.shares, "by": self.by}
 
     def clip_frames(self, stage: Stage) -> int:
         """Latent frames of a clip in `stage`. Raises ValueError when the datasets' clips are shorter."""
         return self.parts[0].clip_frames(stage)
 
-    def place_of(self, seed: int, position: int) -> tuple[int, int]:
-        """(number of the dataset, position in its own stream) at a position of the mixed stream."""
-        period, place = divmod(position, PERIOD)
-        order = _order_of_period(seed, period, tuple(self.places))
-        number = int(order[place])
-        return number, period * self.places[number] + int((order[:place] == number).sum())
+    def places(self, seed: int, done: Sequence[tuple[int, int]], step: int, batch: int) -> list[tuple[int, int]]:
+        """(number of the dataset, position in its own stream) of each clip of a step.
 
-    def clip_at(self, seed: int, position: int, frames: int = 0) -> Clip:
-        """The clip at a position of the endless mixed stream. Its id begins with the number of the dataset."""
-        number, own = self.place_of(seed, position)
-        clip = self.parts[number].clip_at(seed, own, frames)
+        `done`: (steps, clips of each) of the stages before that read this mixture; `step` counts from there on.
+        """
+        if self.by == "clip":
+            first = sum(steps * size for steps, size in done) + step * batch
+            return [self.place_of(seed, position) for position in range(first, first + batch)]
+        begin = own = 0
+        number, _ = self.place_of(seed, sum(steps for steps, _ in done) + step)
+        for steps, size in [*done, (step, batch)]:
+            own += size * (self.count(seed, number, begin + steps) - self.count(seed, number, begin))
+            begin += steps
+        return [(number, own + clip) for clip in range(batch)]
+
+    def place_of(self, seed: int, unit: int) -> tuple[int, int]:
+        """(number of the dataset, how many units of it came before) of a unit."""
+        period, place = divmod(unit, PERIOD)
+        number = int(_order_of_period(seed, period, tuple(self.shares))[place])
+        return number, self.count(seed, number, unit)
+
+    def count(self, seed: int, number: int, units: int) -> int:
+        """How many of the first `units` units are of dataset `number`."""
+        period, place = divmod(units, PERIOD)
+        order = _order_of_period(seed, period, tuple(self.shares))
+        return period * self.shares[number] + int((order[:place] == number).sum())
+
+    def clip_at(self, seed: int, place: tuple[int, int], frames: int = 0) -> Clip:
+        """The clip at one of `places`. Its id begins with the number of the dataset."""
+        number, position = place
+        clip = self.parts[number].clip_at(seed, position, frames)
         return clip._replace(id=f"{number}:{clip.id}")
 
 
-def places(weights: Sequence[float]) -> list[int]:
-    """Of PERIOD places, how many each dataset has: shares of the weights, rounded by the largest remainders."""
+def shares(weights: Sequence[float]) -> list[int]:
+    """Of PERIOD units, how many each dataset has: the weights' shares, rounded by the largest remainders."""
     exact = [weight * PERIOD / sum(weights) for weight in weights]
     found = [int(share) for share in exact]
     by_remainder = sorted(range(len(exact)), key=lambda n: (found[n] - exact[n], n))
@@ -75,7 +97,7 @@ def places(weights: Sequence[float]) -> list[int]:
     return found
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _order_of_period(seed: int, period: int, counts: tuple[int, ...]) -> np.ndarray:
     """The numbers of the datasets at the places of a period."""
     numbers = np.repeat(np.arange(len(counts)), counts)
