@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from data_prep.places import PATIENCE, check_address
 from rf_train.diffusion.flow_matching import FlowSettings
 from rf_train.diffusion.histories import Autoregressive, History
 from rf_train.model.chunks import Attention, Dense
@@ -29,13 +30,17 @@ SHIPPED = Path(__file__).parent / "recipes"
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Dataset folders, written by `data_prep.encode`."""
+    """Datasets, written by `data_prep.encode`: local folders, or https://, http://, s3:// and gs:// addresses."""
 
     train: str = ""
     evaluation: str = ""  # long held-out clips, with the same codec and text encoder
     max_damaged: float = 0.01  # the run stops when a larger share of the clips that it reads is damaged
+    patience: float = PATIENCE  # seconds that a read waits for the server of a remote dataset when it is away
 
     def validate(self) -> None:
+        check_address("data.train", self.train)
+        check_address("data.evaluation", self.evaluation)
+        require_at_least(0, self, "patience")
         require(0 <= self.max_damaged <= 1, f"data.max_damaged={self.max_damaged} is not a share from 0 to 1")
 
 
@@ -48,13 +53,14 @@ class Stage:
     history: History = field(default_factory=Autoregressive)  # one of rf_train/diffusion/histories.py
     attention: Attention = field(default_factory=Dense)  # dense | window | routed
     frames: int = 0  # latent frames of a clip; 0 = the dataset's
-    data: str = ""  # dataset folder; "" = data.train
+    data: str = ""  # dataset folder or address; "" = data.train
     batch: int = 64  # clips per step, over all ranks
     lr: float = 5e-5
     lr_end: float = 0.0  # the learning rate falls linearly to this by the end of the stage; 0 = it stays
     warmup: int = 0  # steps of linear learning-rate warm-up at the start of the stage
 
     def validate(self) -> None:
+        check_address("data", self.data)
         require_at_least(1, self, "steps", "batch")
         require_at_least(0, self, "frames", "warmup", "lr_end")
         require_positive(self, "lr")
@@ -196,7 +202,7 @@ class Recipe:
         raise ValueError(f"step {step} is past the recipe's end")
 
     def dataset_of(self, stage: Stage) -> str:
-        """The dataset folder that a stage trains on."""
+        """The dataset that a stage trains on: a folder or an address."""
         return stage.data or self.data.train
 
 

@@ -7,12 +7,12 @@ recipe. So they are the same with any number of replicas, and after any resume.
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
+from data_prep.places import no_such_folder, place_of
 from rf_train.config import Recipe, Stage
-from rf_train.data.latent_dataset import LatentDataset
+from rf_train.data.latent_dataset import Clip, LatentDataset
 from rf_train.diffusion.batch import Batch
 from rf_train.diffusion.randomness import LOSS_DRAWS, make_draws
 from rf_train.model.transformer import pad_text
@@ -24,12 +24,12 @@ def open_datasets(recipe: Recipe) -> dict[str, LatentDataset]:
     if "" in folders:
         raise ValueError("data.train: no dataset folder is set")
     if recipe.evaluation.every:
-        if not Path(recipe.data.evaluation).is_dir():
+        if no_such_folder(place_of(recipe.data.evaluation)):
             raise ValueError(
                 f"data.evaluation: {recipe.data.evaluation}: no such folder; evaluation.every needs long held-out clips"
             )
         folders.append(recipe.data.evaluation)
-    datasets = {folder: LatentDataset(folder, recipe.model) for folder in dict.fromkeys(folders)}
+    datasets = {folder: LatentDataset(folder, recipe.model, recipe.data.patience) for folder in dict.fromkeys(folders)}
     first = next(iter(datasets.values()))
     for folder, dataset in datasets.items():
         for part in ("codec", "text"):
@@ -63,18 +63,18 @@ def step_batches(
     folder = recipe.dataset_of(stage)
     earlier = [span for span in recipe.stage_spans if span.end <= begin and recipe.dataset_of(span.stage) == folder]
     first = sum(span.stage.steps * span.stage.batch for span in earlier) + (step - begin) * stage.batch
-    size, batches = recipe.optimizer.micro_batch, []
-    for micro_step in range(micro_steps(stage, size, replicas)):
-        own = (micro_step * replicas + replica) * size
-        positions = range(first + own, first + own + size)
-        batches.append(_read_batch(recipe, stage, datasets[folder], step, positions))
-    return batches
+    size, dataset = recipe.optimizer.micro_batch, datasets[folder]
+    begins = [(micro * replicas + replica) * size for micro in range(micro_steps(stage, size, replicas))]
+    positions = [first + begin + place for begin in begins for place in range(size)]
+    clips = dataset.clips_at(recipe.run.seed, positions, dataset.clip_frames(stage))
+    return [
+        _make_batch(recipe, stage, dataset, step, clips[begin : begin + size]) for begin in range(0, len(clips), size)
+    ]
 
 
-def _read_batch(recipe: Recipe, stage: Stage, dataset: LatentDataset, step: int, positions: range) -> Batch:
-    """The clips at `positions` of the dataset's stream, with their random numbers of `step`."""
+def _make_batch(recipe: Recipe, stage: Stage, dataset: LatentDataset, step: int, clips: list[Clip]) -> Batch:
+    """A micro-batch of these clips, with their random numbers of `step`."""
     frames = dataset.clip_frames(stage)
-    clips = [dataset.clip_at(recipe.run.seed, position, frames) for position in positions]
     ids = [clip.id for clip in clips]
     x = torch.stack([clip.latent for clip in clips])
     sizes = recipe.model.chunking.sizes(frames)
@@ -91,10 +91,11 @@ def steps(
 ) -> Iterator[tuple[int, list[Batch]]]:
     """Yields (step, its micro-batches) from step `first` to the recipe's end.
 
-    The next step is read while this one is computed.
+    The next step is read while this one is computed. Who stops early does not wait for that.
     """
     arguments = (replica, replicas)
-    with ThreadPoolExecutor(1) as reader:
+    reader = ThreadPoolExecutor(1)
+    try:
         ahead = reader.submit(step_batches, recipe, datasets, first, *arguments) if first < recipe.steps else None
         for step in range(first, recipe.steps):
             assert ahead is not None
@@ -102,3 +103,5 @@ def steps(
             if step + 1 < recipe.steps:
                 ahead = reader.submit(step_batches, recipe, datasets, step + 1, *arguments)
             yield step, batches
+    finally:
+        reader.shutdown(wait=False, cancel_futures=True)

@@ -8,7 +8,9 @@ Nothing is unpickled.
 
 import hashlib
 import json
-from pathlib import Path
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -17,12 +19,14 @@ from torch import Tensor
 
 from data_prep.card import check_sample, read_card
 from data_prep.index import SampleIndex
+from data_prep.places import Place, Remote, place_of
 from data_prep.shards import SampleError, read_sample
 from rf_train.config import Stage
 from rf_train.data.damage import Damage
 from rf_train.model.settings import ModelSettings
 
 TRIES = 100  # samples that are tried for one position
+READERS = 8  # samples of a remote dataset that are read at once
 
 
 class Clip(NamedTuple):
@@ -36,20 +40,21 @@ class Clip(NamedTuple):
 
 
 class LatentDataset:
-    """A dataset folder that `data_prep.encode` wrote, for a given model.
+    """A dataset that `data_prep.encode` wrote, in a folder or at an address, for a given model.
 
     Raises ValueError when its card doesn't fit the model; the message names every difference.
     """
 
-    def __init__(self, folder: str | Path, model: ModelSettings):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Place, model: ModelSettings, patience: float | None = None):
+        self.folder = place_of(folder, patience)
         self.card = read_card(self.folder)
         check_card(self.card, model, self.folder)
         latent = self.card["latent"]
         self.tokens_per_frame = model.tokens_per_frame(latent["height"], latent["width"])
         self.index = SampleIndex(self.folder, self.card)
         self.empty_caption = torch.tensor(self.card["empty_caption"], dtype=torch.float32)
-        self._order: tuple[tuple[int, int], np.ndarray] | None = None  # of the last (seed, epoch) asked for
+        self._orders: dict[tuple[int, int], np.ndarray] = {}  # of the last two (seed, epoch) asked for
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -100,6 +105,16 @@ class LatentDataset:
             return Clip(f"{name}>{used}" if bad else name, latent, text, meta, damage)
         raise ValueError(f"{bad[0][2]}; and so are the next {len(bad) - 1} samples. Look at {self.folder}")
 
+    def clips_at(self, seed: int, positions: Sequence[int], frames: int = 0) -> list[Clip]:
+        """The clips at these positions, in this order. Those of a remote dataset are read up to READERS at once."""
+        if not isinstance(self.folder, Remote) or len(positions) < 2:
+            return [self.clip_at(seed, position, frames) for position in positions]
+        pool = ThreadPoolExecutor(min(READERS, len(positions)))
+        try:
+            return list(pool.map(lambda position: self.clip_at(seed, position, frames), positions))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
     def clip_frames(self, stage: Stage) -> int:
         """Latent frames of a clip in `stage`. Raises ValueError when the dataset's clips are shorter."""
         return clip_frames(self.card, stage, self.folder)
@@ -118,14 +133,16 @@ class LatentDataset:
         return samples
 
     def _epoch_order(self, seed: int, epoch: int) -> np.ndarray:
-        if self._order is None or self._order[0] != (seed, epoch):
-            digest = hashlib.sha256(f"{seed}\0order\0{epoch}".encode()).digest()
-            stream = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-            self._order = (seed, epoch), stream.permutation(len(self))
-        return self._order[1]
+        with self._lock:  # several threads may read
+            if (seed, epoch) not in self._orders:
+                digest = hashlib.sha256(f"{seed}\0order\0{epoch}".encode()).digest()
+                stream = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+                kept = list(self._orders.items())[-1:]
+                self._orders = dict([*kept, ((seed, epoch), stream.permutation(len(self)))])
+            return self._orders[seed, epoch]
 
 
-def clip_frames(card: dict, stage: Stage, folder: str | Path) -> int:
+def clip_frames(card: dict, stage: Stage, folder: str | Place) -> int:
     """Latent frames of a clip of `stage` in a dataset. Raises ValueError when its clips are shorter."""
     stored = card["latent"]["frames"]
     if stage.frames > stored:
@@ -135,7 +152,7 @@ def clip_frames(card: dict, stage: Stage, folder: str | Path) -> int:
     return stage.frames or stored
 
 
-def check_card(card: dict, model: ModelSettings, folder: str | Path) -> None:
+def check_card(card: dict, model: ModelSettings, folder: str | Place) -> None:
     """Raises a ValueError that lists every way in which a dataset's card doesn't fit the model."""
     latent, text, wrong = card["latent"], card["text"], []
     if latent["channels"] != model.channels:
