@@ -40,7 +40,7 @@ class DataSettings:
     def validate(self) -> None:
         check_address("data.train", self.train)
         check_address("data.evaluation", self.evaluation)
-        require_at_least(0, self, "patience")
+        require(0 <= self.patience <= 1e7, f"data.patience={self.patience} is not a number of seconds from 0 to 1e7")
         require(0 <= self.max_damaged <= 1, f"data.max_damaged={self.max_damaged} is not a share from 0 to 1")
 
 

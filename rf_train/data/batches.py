@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from data_prep.places import no_such_folder, place_of
+from data_prep.places import Remote, no_such_folder, place_of
 from rf_train.config import Recipe, Stage
 from rf_train.data.latent_dataset import Clip, LatentDataset
 from rf_train.diffusion.batch import Batch
@@ -45,6 +45,12 @@ def open_datasets(recipe: Recipe) -> dict[str, LatentDataset]:
     for stage in recipe.stages:
         datasets[recipe.dataset_of(stage)].clip_frames(stage)
     return datasets
+
+
+def longest_wait(recipe: Recipe) -> float:
+    """Seconds that a rank may wait for its clips: data.patience if a dataset is remote, else 0."""
+    addresses = [recipe.data.evaluation, *(recipe.dataset_of(stage) for stage in recipe.stages)]
+    return recipe.data.patience if any(isinstance(place_of(one), Remote) for one in addresses) else 0.0
 
 
 def micro_steps(stage: Stage, micro_batch: int, replicas: int) -> int:
