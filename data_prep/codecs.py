@@ -78,8 +78,11 @@ def _built_in(path: Place, card: dict) -> DefaultCodec:
             return False
 
     try:
-        return DefaultCodec.load(local_copy(path, card["codec"]["hash"], is_whole))
+        file = path if isinstance(path, Path) else local_copy(path, card["codec"]["hash"], is_whole)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file, expected a default codec") from None
     except OSError as error:
         raise ValueError(f"{path}: not readable ({error.strerror or error})") from None
+    if file is None:
+        raise ValueError(f"{path}: not the codec that the card names, or damaged")
+    return DefaultCodec.load(file)

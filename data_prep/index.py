@@ -47,12 +47,11 @@ class SampleIndex:
 
         try:
             file = local_copy(path, card["index"]["sha256"], is_whole)
-            whole = is_whole(file)
         except FileNotFoundError:
             raise ValueError(f"{path}: missing, but the card names it") from None
         except OSError as error:
             raise ValueError(f"{path}: not readable ({error.strerror or error})") from None
-        if not whole:
+        if file is None:
             raise ValueError(f"{path}: not the index that the card names, or damaged; encode again to write it anew")
         try:
             self.rows = np.load(file, mmap_mode="r", allow_pickle=False)

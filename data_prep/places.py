@@ -171,33 +171,35 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rf_train"
 
 
-def local_copy(place: Place, version: str, is_whole: Callable[[Path], bool]) -> Path:
+def local_copy(place: Place, version: str, is_whole: Callable[[Path], bool]) -> Path | None:
     """A local file with the content of `place`: itself, or a copy that all processes of a machine share.
 
     One process makes the copy, the others wait for it. `version` is a hash of the content: a dataset that has changed
-    gets another copy. A copy that is not whole is made again, twice at most; then it is returned as it is.
-    Raises as `read_range` does.
+    gets another copy. Returns None when the file is not whole; of a remote one, when two copies were not. Raises as
+    `read_range` does.
     """
     if isinstance(place, Path):
-        return place
+        return place if is_whole(place) else None
     folder = cache_folder() / hashlib.sha256(f"{place.parent}\0{version}".encode()).hexdigest()[:32]
     copy = folder / place.name
     if copy.is_file() and is_whole(copy):
         return copy
     try:
         with locked(folder / "lock"):
+            if copy.is_file() and is_whole(copy):  # another process has made it meanwhile
+                return copy
             for _ in range(2):
-                if copy.is_file() and is_whole(copy):
-                    break
                 content = bytearray()
                 for piece in pieces(place):
                     content += piece
                 write_atomic(copy, content)
+                if is_whole(copy):
+                    return copy
     except PermissionError as error:
         if error.filename and str(error.filename).startswith(str(cache_folder())):
             raise ValueError(f"{folder}: not writable; set XDG_CACHE_HOME to a folder for copies of indexes") from None
         raise
-    return copy
+    return None
 
 
 # ---- remote places
@@ -331,6 +333,8 @@ def _meaning(error: Exception, place: Remote) -> Exception | None:
     if isinstance(error, PermissionError) or status in (401, 403):
         return PermissionError(errno.EACCES, f"not allowed{f', HTTP {status}' if status else ''}")
     told = re.sub(r"[?]\S*", "", " ".join(str(error).split())) or type(error).__name__
+    if isinstance(error, OSError) and (error.errno or 0) > 0:
+        told = os.strerror(error.errno or 0)
     if status is not None:
         passing = status in (408, 425, 429) or status >= 500
         return _Away(f"HTTP {status}") if passing else OSError(f"HTTP {status}")

@@ -11,12 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_prep import places
 from data_prep.card import NotADataset, read_card
+from data_prep.codecs import dataset_codec
+from data_prep.default_codec import DefaultCodec
 from data_prep.index import SampleIndex
 from data_prep.places import RemoteError, place_of, read_range, read_whole
 from data_prep.shards import SampleError, read_sample
+from data_prep.text import HashText, dataset_text
 from data_prep.verify import problems
 from tests.conftest import change_card, write_dataset
 from tests.distributed import free_port
@@ -313,3 +317,19 @@ def test_s3_gives_what_the_disk_gives_and_its_errors_have_reasons(s3_server, tmp
     with pytest.raises(RemoteError, match=rf"^s3://bucket/d/{file}: not reachable for 3 s \(.*connect"):
         read_sample(remote / file, entry)
     assert capsys.readouterr().err.count("s3://bucket: not reachable") == 1
+
+
+@needs_aiohttp
+def test_the_codec_and_the_text_encoder_of_a_remote_dataset_are_found(server, tmp_path):
+    folder, remote = tmp_path / "data" / "d", place_of(f"{server.address}/d")
+    codec = DefaultCodec({"latent_mean": torch.zeros(16), "latent_std": torch.ones(16)}, {"version": 1})
+    change_card(folder, lambda card: (card["codec"].update(hash=codec.hash), card["text"].update(hash=HashText.hash)))
+    with pytest.raises(ValueError, match=r"^http://.*/d/codec\.safetensors: no such file, expected a default codec$"):
+        dataset_codec(remote)
+    codec.save(folder / "codec.safetensors")
+    assert [dataset_codec(remote).hash for _ in range(2)] == [codec.hash] * 2
+    assert [path for path, _ in server.asked].count("/d/codec.safetensors") == 2  # once before it was there
+    assert dataset_text(remote).hash == HashText.hash
+    change_card(folder, lambda card: card["codec"].update(hash="another"))
+    with pytest.raises(ValueError, match=r"^http://.*/d/codec\.safetensors: not the codec that the card names"):
+        dataset_codec(remote)
