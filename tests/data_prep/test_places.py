@@ -123,6 +123,7 @@ def test_a_dataset_that_has_changed_gets_another_copy_of_its_index(server, tmp_p
     folder.rmdir()
     write_dataset(folder, 7, seed=1)
     assert len(SampleIndex(remote, read_card(remote)).rows) == 7 != len(first)
+    assert len(list((tmp_path / "cache").rglob("samples.npy"))) == 2  # who still reads the first one is not disturbed
     (folder / "samples.npy").write_bytes((folder / "samples.npy").read_bytes()[:-1])
     change_card(folder, lambda card: card["index"].update(sha256="0" * 64))
     with pytest.raises(ValueError, match=r"http://.*/d/samples.npy: not the index that the card names"):
