@@ -3,6 +3,7 @@
     DATASET/samples.npy     one row (offset, bytes, crc32, video, clip) per sample, in the order of the card's shards
 
 It is a plain numpy array, mapped into memory: the processes of a machine share its pages, and opening it takes no time.
+That of a remote dataset is copied first, once for all processes of the machine.
 """
 
 import io
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.files import sha256_of_file, write_atomic
+from data_prep.places import Place, local_copy, place_of
 from data_prep.shards import Entry
 
 INDEX = "samples.npy"
@@ -37,14 +39,22 @@ class SampleIndex:
     Raises a one-line ValueError when the index is not the one that the card names.
     """
 
-    def __init__(self, folder: str | Path, card: dict):
-        path = Path(folder) / card["index"]["file"]
-        if not path.is_file():
-            raise ValueError(f"{path}: missing, but the card names it")
-        if path.stat().st_size != card["index"]["bytes"] or sha256_of_file(path) != card["index"]["sha256"]:
+    def __init__(self, folder: str | Place, card: dict):
+        path = place_of(folder) / card["index"]["file"]
+
+        def is_whole(file: Path) -> bool:
+            return file.stat().st_size == card["index"]["bytes"] and sha256_of_file(file) == card["index"]["sha256"]
+
+        try:
+            file = local_copy(path, card["index"]["sha256"], is_whole)
+        except FileNotFoundError:
+            raise ValueError(f"{path}: missing, but the card names it") from None
+        except OSError as error:
+            raise ValueError(f"{path}: not readable ({error.strerror or error})") from None
+        if file is None:
             raise ValueError(f"{path}: not the index that the card names, or damaged; encode again to write it anew")
         try:
-            self.rows = np.load(path, mmap_mode="r", allow_pickle=False)
+            self.rows = np.load(file, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
             raise ValueError(f"{path}: not an index ({error})") from None
         self.files = [shard["file"] for shard in card["shards"]]

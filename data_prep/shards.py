@@ -24,6 +24,7 @@ import numpy as np
 import webdataset
 
 from data_prep.files import sync, temporary_beside
+from data_prep.places import Place, Remote, place_of, read_range
 
 HEADER_BYTES = 4096  # no header of an array is longer
 MEMBERS = ("json", "latent.npy", "text.npy")  # in the order of the file
@@ -168,19 +169,30 @@ class ShardWriter:
         self._temporary.unlink(missing_ok=True)
 
 
-def read_sample(path: str | Path, entry: Entry) -> Sample:
-    """Reads one sample of a shard and checks its bytes. Raises SampleError when it is not as it was written."""
-    where = f"{path}: {entry.key}"
+def read_sample(path: str | Place, entry: Entry) -> Sample:
+    """Reads one sample of a local or remote shard and checks its bytes.
+
+    Raises SampleError when it is not as it was written. A wrong answer of a server is asked for again first. Raises
+    RemoteError when the server stays away.
+    """
+    place = place_of(path)
+    where = f"{place}: {entry.key}"
+    if isinstance(place, Remote):
+        try:
+            return parse_sample(_read(place, entry, where), entry, where)
+        except SampleError as error:
+            if error.reason not in ("cut short", "damaged"):
+                raise
+    return parse_sample(_read(place, entry, where), entry, where)
+
+
+def _read(place: Place, entry: Entry, where: str) -> bytearray:
     try:
-        with open(path, "rb", buffering=0) as file:
-            file.seek(entry.offset)
-            data = bytearray(entry.bytes)
-            del data[file.readinto(data) :]
+        return bytearray(read_range(place, entry.offset, entry.bytes))
     except FileNotFoundError:
         raise SampleError(where, "missing", "no such file") from None
     except OSError as error:
         raise SampleError(where, "unreadable", error.strerror or str(error)) from None
-    return parse_sample(data, entry, where)
 
 
 def parse_sample(data: bytearray, entry: Entry, where: str) -> Sample:
