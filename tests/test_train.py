@@ -175,7 +175,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(plain_run, tmp_path, monkeypat
     (tmp_path / "file").write_text("mine")
     recipe = recipe_dict(plain_run.data, tmp_path / out)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    monkeypatch.setattr(train, "start_ranks", lambda: Ranks(0, 1, torch.device("cpu")))
+    monkeypatch.setattr(train, "start_ranks", lambda *_: Ranks(0, 1, torch.device("cpu")))
     monkeypatch.setattr(train, "check_same_settings", lambda **_: None)
     monkeypatch.setattr(train, "build_engine", lambda *_: pytest.fail("built"))
     assert train.main([str(tmp_path / "recipe.yaml")]) == 2
