@@ -2,7 +2,7 @@
 
 import html
 import io
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 COLOURS = ("#0b6bcb", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#0e7490")
@@ -16,6 +16,7 @@ h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #d8dee4; pa
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #eaeef2; }
 th:first-child, td:first-child { text-align: left; }
+.marked td { background: #fff1e5; font-weight: 600; }
 .note { color: #57606a; } svg { max-width: 100%; height: auto; } figure { margin: 0; }
 .clips { display: grid; gap: .6rem; align-items: start; margin-bottom: 1.4rem; }
 .clips video { width: 100%; image-rendering: pixelated; border-radius: 4px; background: #000; }
@@ -45,13 +46,14 @@ def svg(figure: Any) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def html_table(heads: list[str], rows: list[list[str]]) -> str:
-    """A table; every cell is escaped."""
+def html_table(heads: list[str], rows: Sequence[Sequence[str]], marked: Container[int] = ()) -> str:
+    """A table; every cell is escaped. `marked`: numbers of rows that stand out. Without heads if there are none."""
 
-    def line(tag: str, cells: Iterable[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+    def line(tag: str, cells: Iterable[str], style: str = "") -> str:
+        return f"<tr{style}>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
 
-    return "<table>" + line("th", heads) + "".join(line("td", row) for row in rows) + "</table>"
+    body = "".join(line("td", row, ' class="marked"' if n in marked else "") for n, row in enumerate(rows))
+    return "<table>" + (line("th", heads) if heads else "") + body + "</table>"
 
 
 def html_page(title: str, body: str, style: str = "") -> str:

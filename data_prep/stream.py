@@ -4,6 +4,7 @@ import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlparse
 
 import webdataset
 
@@ -23,6 +24,10 @@ def stream_samples(folder: str | Path, card: dict) -> Iterator[tuple[str, Sample
         path, count = Path(folder).absolute() / shard["file"], 0
         if not path.is_file():
             raise SampleError(str(path), "missing", "the card names it")
+        if urlparse(str(path)).path != str(path):
+            raise SampleError(
+                str(path), "unreadable", "webdataset takes paths for addresses: rename, or link, the folder"
+            )
         # Neither a node nor a worker takes a share: whoever asks gets all samples. A list is not searched for braces.
         stream = webdataset.WebDataset([str(path)], shardshuffle=False, nodesplitter=None, workersplitter=None)
         try:
