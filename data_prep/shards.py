@@ -60,6 +60,18 @@ class SampleError(ValueError):
         super().__init__(f"{where}: {reason}{f' ({detail})' if detail else ''}")
 
 
+def caption_of(sample: Sample) -> str:
+    """The caption of a sample, in one line; "" without one."""
+    return " ".join(str(sample.meta.get("caption") or "").split())
+
+
+def span_of(sample: Sample) -> str:
+    """A sample's span of time in its video, such as "2.06–4.12 s"; "" if its JSON does not say."""
+    start, end = sample.meta.get("start"), sample.meta.get("end")
+    known = isinstance(start, (int, float)) and isinstance(end, (int, float))
+    return f"{start:.2f}–{end:.2f} s" if known else ""
+
+
 def sample_key(video: int, clip: int) -> str:
     """The name of a sample: of clip `clip` of video `video`, both counted from 0."""
     return f"{video:06d}_{clip:04d}"

@@ -27,7 +27,7 @@ from data_prep.command import printable, run_command
 from data_prep.files import write_atomic
 from data_prep.index import SampleIndex
 from data_prep.pages import COLOURS, GREY, html_page, html_table, new_figure, svg
-from data_prep.shards import Sample, read_sample
+from data_prep.shards import Sample, caption_of, read_sample, span_of
 from data_prep.stream import stream_samples
 from data_prep.work import FAILURES
 
@@ -167,11 +167,6 @@ class Stats:
         return [(n, place) for n, place in ordered if self.captions[place] != empty]
 
 
-def caption_of(sample: Sample) -> str:
-    """The caption, in one line. "" without one."""
-    return " ".join(str(sample.meta.get("caption") or "").split())
-
-
 # ---- tables, the same on the terminal and on the page: rows of (what, value)
 
 
@@ -309,15 +304,16 @@ def clip_rows(stats: Stats, places: np.ndarray, values: np.ndarray) -> list[list
     rows = []
     for place in places:
         sample = stats.sample(place)
-        rows.append([stats.key(place), f"{values[place]:.4g}", *where_from(sample), caption_of(sample)])
+        rows.append(
+            [
+                stats.key(place),
+                f"{values[place]:.4g}",
+                str(sample.meta.get("source", "")),
+                span_of(sample),
+                caption_of(sample),
+            ]
+        )
     return rows
-
-
-def where_from(sample: Sample) -> tuple[str, str]:
-    """A clip's source and span of time, in words; "" for what its JSON does not say."""
-    start, end = sample.meta.get("start"), sample.meta.get("end")
-    known = isinstance(start, (int, float)) and isinstance(end, (int, float))
-    return str(sample.meta.get("source", "")), f"{start:.2f}–{end:.2f} s" if known else ""
 
 
 # ---- the page
