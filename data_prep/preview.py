@@ -84,6 +84,8 @@ def preview(
         raise ValueError(f"{source}: no such folder or manifest")
     videos = None if source is None else Path(source) if Path(source).is_dir() else Path(source).parent
     card = read_card(dataset)
+    if source is not None and "merged" in card["source"]["settings"]:
+        raise ValueError(f"{dataset}: is merged, its videos come from several sources; leave out --source")
     index, codec = SampleIndex(dataset, card), dataset_codec(dataset, device)
     begin_folder(out)
     shown = []

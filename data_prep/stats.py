@@ -440,14 +440,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def stats_as_asked(options: argparse.Namespace) -> None:
-    """Prints the tables, and writes the page."""
+    """Writes the page, and prints the tables: in this order, for the reader may be `head`."""
     stats = Stats(options.dataset, options.samples).read()
+    out = Path(options.out or f"{stats.folder.resolve().name}-stats.html")
+    write_atomic(out, page(stats).encode(errors="replace"))
     for title, section in SECTIONS:
         print(title)
         for what, value in section(stats):
             print(printable(f"  {what:34} {value}"))
-    out = Path(options.out or f"{stats.folder.resolve().name}-stats.html")
-    write_atomic(out, page(stats).encode(errors="replace"))
     print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB")
 
 

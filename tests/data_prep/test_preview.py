@@ -1,6 +1,7 @@
 """A preview: the right clips beside their originals, and nothing of the dataset becomes part of the page or a path."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from data_prep.codecs import dataset_codec
 from data_prep.index import SampleIndex
 from data_prep.preview import choose, psnr_of, read_original
 from data_prep.shards import Sample, read_sample
-from data_prep.video import read_frames
+from data_prep.video import read_frames, write_video
+from tests.conftest import change_card
 from tests.data_prep.made import write_samples
 from tests.data_prep.test_video import write
 
@@ -47,6 +49,13 @@ def test_the_page_shows_clips_beside_their_originals(made, tmp_path, monkeypatch
     videos, dataset = made
     before = {path.name: path.stat().st_mtime_ns for path in dataset.iterdir()}
     monkeypatch.chdir(tmp_path)
+    written = {}
+
+    def write_and_keep(path, frames, fps, crf):
+        written[path.name] = frames
+        write_video(path, frames, fps, crf)
+
+    monkeypatch.setattr(preview, "write_video", write_and_keep)
     assert preview.main([str(dataset), "--source", str(videos)]) == 0
     assert {path.name: path.stat().st_mtime_ns for path in dataset.iterdir()} == before
     out, codec, found = tmp_path / "data-preview", dataset_codec(dataset), samples(dataset)
@@ -63,6 +72,8 @@ def test_the_page_shows_clips_beside_their_originals(made, tmp_path, monkeypatch
     shown = np.stack(list(read_frames(out / "000001_0001.mp4", 16)))
     assert shown.shape == (5, 32, 98, 3)
     assert psnr_of(shown[:, :, :48], true) > 30 and psnr_of(shown[:, :, 50:], decoded) > 30
+    given = written["000001_0001.mp4"]
+    assert np.array_equal(given[:, :, :48], true) and np.array_equal(given[:, :, 50:], decoded)
     assert f"000001_0001, {psnr_of(decoded, true):.1f} dB" in page
     assert "6 clips" in capsys.readouterr().out
 
@@ -149,6 +160,17 @@ def test_errors_are_one_line(made, tmp_path, capsys):
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_merged_dataset_has_no_single_source(made, tmp_path, capsys):
+    settings = {"merged": [{"path": "a", "card": "1"}, {"path": "b", "card": "2"}]}
+    copy = tmp_path / "data"
+    shutil.copytree(made[1], copy)
+    change_card(copy, lambda card: card["source"].update(settings=settings))
+    arguments = [str(copy), "--out", str(tmp_path / "out")]
+    assert preview.main([*arguments, "--source", str(made[0])]) == 2
+    assert "is merged, its videos come from several sources" in capsys.readouterr().err
+    assert preview.main(arguments) == 0
 
 
 def test_psnr():
