@@ -122,6 +122,8 @@ def validate_card(card: object, where: str | Place) -> None:
     for shard in card["shards"]:
         if not isinstance(shard, dict) or not {"file", "samples", "bytes", "sha256"} <= shard.keys():
             raise ValueError(f"{where}: a shard without file, samples, bytes or sha256")
+        if not isinstance(shard.get("first_video", 0), int):
+            raise ValueError(f"{where}: first_video of a shard is not a whole number")
     for name in (card["index"]["file"], *(shard["file"] for shard in card["shards"])):
         if not isinstance(name, str) or os.path.basename(name) != name:
             raise ValueError(f"{where}: {name!r} is not a plain file name")

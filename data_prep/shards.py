@@ -31,17 +31,27 @@ MEMBERS = ("json", "latent.npy", "text.npy")  # in the order of the file
 
 
 class Entry(NamedTuple):
-    """Where a sample is in its shard: `bytes` bytes from `offset` on, with this CRC-32; and its video and clip."""
+    """Where a sample is in its shard: `bytes` bytes from `offset` on, with this CRC-32; and its video and clip.
+
+    In a merged dataset videos are counted on: `first_video` of it is video 0 of the shard.
+    """
 
     offset: int
     bytes: int
     crc32: int
     video: int
     clip: int
+    first_video: int = 0
 
     @property
     def key(self) -> str:
+        """The sample's name in the dataset."""
         return sample_key(self.video, self.clip)
+
+    @property
+    def stored_key(self) -> str:
+        """Its name in the shard."""
+        return sample_key(self.video - self.first_video, self.clip)
 
 
 class Sample(NamedTuple):
@@ -61,6 +71,18 @@ class SampleError(ValueError):
     def __init__(self, where: str, reason: str, detail: str = ""):
         self.where, self.reason, self.detail = where, reason, detail
         super().__init__(f"{where}: {reason}{f' ({detail})' if detail else ''}")
+
+
+def caption_of(sample: Sample) -> str:
+    """The caption of a sample, in one line; "" without one."""
+    return " ".join(str(sample.meta.get("caption") or "").split())
+
+
+def span_of(sample: Sample) -> str:
+    """A sample's span of time in its video, such as "2.06–4.12 s"; "" if its JSON does not say."""
+    start, end = sample.meta.get("start"), sample.meta.get("end")
+    known = isinstance(start, (int, float)) and isinstance(end, (int, float))
+    return f"{start:.2f}–{end:.2f} s" if known else ""
 
 
 def sample_key(video: int, clip: int) -> str:
@@ -143,7 +165,10 @@ class ShardWriter:
         return len(self._spans)
 
     def finish(self) -> dict:
-        """Gives the whole shard its name. Returns {"file", "samples", "bytes", "sha256", "index"}: one Entry each."""
+        """Gives the whole shard its name. Returns {"file", "samples", "bytes", "sha256", "index"}.
+
+        The index has a list per sample: offset, bytes, crc32, video, clip, as in an Entry.
+        """
         self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -152,7 +177,7 @@ class ShardWriter:
         for (video, clip), begin, end in zip(self._spans, self._ends, self._ends[1:]):
             data = self._file.read(end - begin)
             digest.update(data)
-            index.append(list(Entry(begin, len(data), zlib.crc32(data), video, clip)))
+            index.append([begin, len(data), zlib.crc32(data), video, clip])
         digest.update(self._file.read())
         size = self._file.tell()
         self._file.close()
@@ -204,7 +229,7 @@ def parse_sample(data: bytearray, entry: Entry, where: str) -> Sample:
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             members = [(info.name, info.offset_data, info.size) for info in tar]
-        if [name for name, _, _ in members] != [f"{entry.key}.{member}" for member in MEMBERS]:
+        if [name for name, _, _ in members] != [f"{entry.stored_key}.{member}" for member in MEMBERS]:
             raise ValueError(f"it holds {', '.join(name for name, _, _ in members) or 'nothing'}")
         parts = [memoryview(data)[offset : offset + size] for _, offset, size in members]
         meta = json.loads(bytes(parts[0]))

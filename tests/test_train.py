@@ -299,7 +299,7 @@ def train_on_a_node_of_its_own(recipe: dict, files: dict) -> str:
     if os.environ["RANK"] == "1":
         find, dataset = deepspeed_json.find_file, batches.LatentDataset
         deepspeed_json.find_file = lambda path: find(files.get(path, path))
-        batches.LatentDataset = lambda folder, model: dataset(files.get(str(folder), folder), model)
+        batches.LatentDataset = lambda folder, *rest: dataset(files.get(str(folder), folder), *rest)
     return error_of_training(recipe)
 
 
