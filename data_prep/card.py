@@ -51,7 +51,7 @@ def write_card(folder: str | Path, card: dict) -> dict:
 
 
 def card_hash(card: dict) -> str:
-    """SHA-256, in hexadecimal, of all that a card says besides its own hash."""
+    """SHA-256, in hexadecimal, of all that a card, or a shard's record, says besides its own hash."""
     rest = {key: value for key, value in card.items() if key != "hash"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 

@@ -175,6 +175,35 @@ def test_an_interrupted_run_goes_on_behind_the_last_whole_shard(videos, tmp_path
     assert content(out) == content(whole)
 
 
+def edited(**changes):
+    return lambda record: json.dumps(json.loads(record) | changes)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda record: record[: len(record) // 2],
+        lambda record: "[" * 100_000,
+        lambda record: "{}",
+        edited(next=None),
+        edited(next=[1, 0]),
+        edited(index=[]),
+        edited(samples=99),
+        edited(failures=None),
+        lambda record: record.replace("shard-000000-0001", "shard-000000-0000"),
+    ],
+)
+def test_a_damaged_record_counts_for_nothing(videos, tmp_path, damage):
+    whole, out = tmp_path / "whole", tmp_path / "data"
+    assert run(videos, whole) == 0
+    shutil.copytree(whole, out)
+    (out / "dataset.json").unlink()
+    record = out / "shard-000000-0001.json"
+    record.write_text(damage(record.read_text()))
+    assert run(videos, out) == 0
+    assert content(out) == content(whole)
+
+
 def test_jobs_share_the_parts_and_make_the_same_bytes(videos, tmp_path, capsys):
     (videos / "bad.mp4").write_bytes(b"no")
     whole, out = tmp_path / "whole", tmp_path / "data"
