@@ -120,7 +120,7 @@ def validate_card(card: object, where: str | Path) -> None:
 
 
 def check_sample(card: dict, where: str, sample: Sample) -> None:
-    """Raises SampleError that names `where` unless a sample fits the card: shapes, dtypes, finite values."""
+    """Raises SampleError that names `where` unless a sample fits the card: shapes, dtypes, finite values, codec."""
     latent, text, sizes, words = sample.latent, sample.text, card["latent"], card["text"]
     shape = (sizes["channels"], sizes["frames"], sizes["height"], sizes["width"])
     if latent.shape != shape or latent.dtype != np.float16:
@@ -131,3 +131,5 @@ def check_sample(card: dict, where: str, sample: Sample) -> None:
     for name, values in (("latent", latent), ("text", text)):
         if not np.isfinite(values).all():
             raise SampleError(where, "not finite", f"{int((~np.isfinite(values)).sum())} values of its {name}")
+    if sample.meta.get("codec") not in (None, card["codec"]["hash"]):
+        raise SampleError(where, "malformed", "made by another codec than the card's")

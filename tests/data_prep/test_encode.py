@@ -204,6 +204,37 @@ def test_a_damaged_record_counts_for_nothing(videos, tmp_path, damage):
     assert content(out) == content(whole)
 
 
+def flip_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_codec_makes_no_sample(videos, tmp_path, capsys):
+    whole, out = tmp_path / "whole", tmp_path / "data"
+    assert run(videos, whole) == 0
+    shutil.copytree(whole, out)
+    flip_bit(out / "codec.safetensors")
+    with pytest.raises(ValueError, match=r"codec.safetensors: not a default codec \(damaged"):
+        verify(out)
+    (out / "dataset.json").unlink()
+    (out / "shard-000000-0002.json").unlink()
+    capsys.readouterr()
+    assert run(videos, out) == 2
+    assert "codec.safetensors: not a default codec (damaged" in capsys.readouterr().err
+    assert not (out / "dataset.json").exists()
+
+
+def test_a_damaged_copy_of_a_given_codec_is_written_again(videos, tmp_path):
+    first, whole, out = tmp_path / "first", tmp_path / "whole", tmp_path / "data"
+    assert run(videos, first) == run(videos, whole, "--codec", f"default:{first}") == 0
+    shutil.copytree(whole, out)
+    (out / "dataset.json").unlink()
+    flip_bit(out / "codec.safetensors")
+    assert run(videos, out, "--codec", f"default:{first}") == 0
+    assert content(out) == content(whole)
+
+
 def test_jobs_share_the_parts_and_make_the_same_bytes(videos, tmp_path, capsys):
     (videos / "bad.mp4").write_bytes(b"no")
     whole, out = tmp_path / "whole", tmp_path / "data"
@@ -396,7 +427,8 @@ def test_the_codec_of_another_dataset(videos, tmp_path, capsys):
     write_video(folder / "x.mp4", [picture(n) for n in range(5)], 16)
     assert run(folder, second, "--codec", f"default:{first}") == 0
     assert dataset_codec(second).hash == dataset_codec(first).hash
-    (second / "codec.safetensors").write_bytes((first / "codec.safetensors").read_bytes()[:-4] + b"\0\0\0\0")
+    assert run(folder, tmp_path / "third") == 0
+    shutil.copy(tmp_path / "third" / "codec.safetensors", second)
     with pytest.raises(ValueError, match="not the codec that made"):
         dataset_codec(second)
 
