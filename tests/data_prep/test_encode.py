@@ -465,6 +465,8 @@ def test_bad_sources_are_one_line(videos, tmp_path, capsys):
     (tmp_path / "worse.jsonl").write_text('{"video": \n')
     (tmp_path / "span.csv").write_text("video,start,end\na.mp4,3,2\n")
     (tmp_path / "word.csv").write_text("video,start\na.mp4,soon\n")
+    for name, digits in (("huge", 400), ("digits", 5000)):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"video": "b.mp4", "start": {"9" * digits}}}\n')
     for src, says in (
         ("none", "no such folder or manifest"),
         ("empty", "no videos in it"),
@@ -473,6 +475,8 @@ def test_bad_sources_are_one_line(videos, tmp_path, capsys):
         ("worse.jsonl", "does not parse"),
         ("span.csv", "line 2: need 0 <= start < end"),
         ("word.csv", "start 'soon' is not a number"),
+        ("huge.jsonl", "is not a number of seconds"),
+        ("digits.jsonl", "digits.jsonl: does not parse"),
     ):
         assert run(tmp_path / src, tmp_path / "data") == 2
         error = capsys.readouterr().err
