@@ -52,7 +52,7 @@ def write_card(folder: str | Path, card: dict) -> dict:
 
 
 def card_hash(card: dict) -> str:
-    """SHA-256, in hexadecimal, of all that a card says besides its own hash."""
+    """SHA-256, in hexadecimal, of all that a card, or a shard's record, says besides its own hash."""
     rest = {key: value for key, value in card.items() if key != "hash"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -132,7 +132,7 @@ def validate_card(card: object, where: str | Place) -> None:
 
 
 def check_sample(card: dict, where: str, sample: Sample) -> None:
-    """Raises SampleError that names `where` unless a sample fits the card: shapes, dtypes, finite values."""
+    """Raises SampleError that names `where` unless a sample fits the card: shapes, dtypes, finite values, codec."""
     latent, text, sizes, words = sample.latent, sample.text, card["latent"], card["text"]
     shape = (sizes["channels"], sizes["frames"], sizes["height"], sizes["width"])
     if latent.shape != shape or latent.dtype != np.float16:
@@ -143,3 +143,5 @@ def check_sample(card: dict, where: str, sample: Sample) -> None:
     for name, values in (("latent", latent), ("text", text)):
         if not is_finite(values):
             raise SampleError(where, "not finite", f"{int((~np.isfinite(values)).sum())} values of its {name}")
+    if sample.meta.get("codec") not in (None, card["codec"]["hash"]):
+        raise SampleError(where, "malformed", "made by another codec than the card's")

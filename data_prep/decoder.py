@@ -87,14 +87,21 @@ class DecodedVideo:
         self.problem: Problem | None = None
         self.left = 0
         self.room = 0.0  # seconds in which a clip can begin, as far as the video declares its length
-        entry = asdict(span) | {"path": os.fspath(Path(span.path).absolute())}
-        self._request = json.dumps(entry).encode("ascii") + b"\n"
+        self._passed = 0  # clips that the worker has given
         self._worker = worker
         # The worker's lock guards these.
         self._clips: deque[np.ndarray] = deque()  # decoded, and not yet taken
         self._wanted = False  # the consumer waits for a clip
         self._ended = False  # no clip comes after those in _clips
         self._dropped = False  # the consumer wants no more
+
+    def _request(self) -> bytes:
+        """What a worker is asked for: the clips that no worker has given yet."""
+        entry = asdict(self.span) | {"path": os.fspath(Path(self.span.path).absolute())}
+        entry["skip"] += self._passed
+        if entry["clips"] is not None:
+            entry["clips"] -= self._passed
+        return json.dumps(entry).encode("ascii") + b"\n"
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return self
@@ -134,7 +141,9 @@ class Decoders:
     per worker.
 
     A worker that dies, makes no clip for `seconds_per_clip`, or needs more than `memory_gib` of address space ends its
-    video with a `Problem`. A new one takes over. Time in which the worker waits for the consumer does not count.
+    video with a `Problem`. A new one takes over. Time in which the worker waits for the consumer does not count. A
+    worker that was killed (SIGKILL) may have died of what others did, such as filling the machine's memory. So the new
+    one goes on with the same video, once.
 
     Leaving the `with` block kills the workers, whatever they do. They also end if this process dies.
     """
@@ -312,6 +321,23 @@ class _Worker:
                     self.current = video
                     return video
 
+    def _collect(self, video: DecodedVideo) -> dict:
+        """Passes on the clips of a video. Returns the worker's last message. Raises EOFError when the worker dies."""
+        for tries in (1, 2):
+            try:
+                self._send(video._request())
+                while "left" not in (message := self._message(self.seconds)):
+                    if message["clip"]:
+                        self._wait_for_room(video)
+                        self._pass_on(video)
+                return message
+            except EOFError:
+                enough = video._passed == video.span.clips  # it died before it said that this is all
+                if tries == 2 or enough or not self._was_killed():
+                    raise
+                self._start(video)
+        raise AssertionError
+
     def _decode(self, video: DecodedVideo) -> None:
         """Has the process decode a video, and passes on its clips. All that goes wrong with it ends only this video."""
         problem, left, room, stop = None, 0, 0.0, False
@@ -319,11 +345,7 @@ class _Worker:
             if self.process is None or self.process.poll() is not None:  # dead without work: no video's fault
                 self._stop()
                 self._start(video)
-            self._send(video._request)
-            while "left" not in (message := self._message(self.seconds)):
-                if message["clip"]:
-                    self._wait_for_room(video)
-                    self._pass_on(video)
+            message = self._collect(video)
             left, room = int(message["left"]), float(message["room"])
             if message["problem"] is not None:
                 problem = Problem(*map(str, message["problem"]))
@@ -361,6 +383,7 @@ class _Worker:
             if video._dropped:
                 raise _Dropped
             self.held += 1
+            video._passed += 1
             video._clips.append(clip)
             self.changed.notify_all()
 
@@ -417,6 +440,18 @@ class _Worker:
                 fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             self._raw = _Answers(fd)
             self._answers = io.BufferedReader(self._raw)
+
+    def _was_killed(self) -> bool:
+        """Whether SIGKILL ended the process. If so, it is put away."""
+        process = self.process
+        if process is None:
+            return False
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1.0)
+        if process.returncode != -signal.SIGKILL:
+            return False
+        self._stop()
+        return True
 
     def _death(self, by_signal: str) -> str:
         """What ended the process, in words."""

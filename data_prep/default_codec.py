@@ -125,13 +125,19 @@ class DefaultCodec:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 settings = json.loads((file.metadata() or {})["settings"])
-            return cls(tensors, settings)
-        except (SafetensorError, KeyError, ValueError) as error:
+            written = settings.pop("hash", None)  # older files have none
+            codec = cls(tensors, settings)
+            if written not in (None, codec.hash):
+                raise ValueError("damaged, its hash is not that of what it holds")
+            return codec
+        except (SafetensorError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: not a default codec ({error})") from None
 
     def save(self, path: str | Path) -> None:
         """Writes the codec as safetensors, as a whole or not at all."""
-        write_atomic(path, save(self._tensors, metadata={"settings": json.dumps(self.settings, sort_keys=True)}))
+        # One entry only: safetensors writes several in any order, and the same codec must give the same file.
+        metadata = {"settings": json.dumps({**self.settings, "hash": self.hash}, sort_keys=True)}
+        write_atomic(path, save(self._tensors, metadata=metadata))
 
     @torch.no_grad()
     def encode(self, frames: np.ndarray) -> np.ndarray:

@@ -171,9 +171,17 @@ def begin(
             if path.is_file():
                 return DefaultCodec.load(path)
             codec = fit_codec(work, settings, src)
-        if isinstance(codec, DefaultCodec) and not path.is_file():
+        if isinstance(codec, DefaultCodec) and not _holds(path, codec):
             codec.save(path)
     return codec
+
+
+def _holds(path: Path, codec: DefaultCodec) -> bool:
+    """Whether a file holds this codec, undamaged."""
+    try:
+        return DefaultCodec.load(path).hash == codec.hash
+    except ValueError:
+        return False
 
 
 def encode_parts(work: Work, parts: range, codec: Codec, text: TextEncoder, settings: EncodeSettings) -> None:

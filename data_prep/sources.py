@@ -103,7 +103,7 @@ def _manifest(path: Path) -> Iterator[tuple[int, object]]:
                 for line, text in enumerate(file, start=1):
                     if text.strip():
                         yield line, json.loads(text)
-        except (csv.Error, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (csv.Error, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: does not parse ({error})") from None
 
 
@@ -116,7 +116,7 @@ def _manifest_row(manifest: Path, index: int, line: int, entry: object) -> Row:
         value = entry.get(key)
         try:
             seconds[key] = None if value is None or value == "" else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"{manifest} line {line}: {key} {value!r} is not a number of seconds") from None
     start, end = seconds["start"] or 0.0, seconds["end"]
     if not (0 <= start < math.inf and (end is None or start < end < math.inf)):

@@ -5,7 +5,8 @@
 
 A part is `videos_per_part` consecutive videos of the source. It makes shards of at most `samples_per_shard` clips. Each
 record says where the next shard of its part begins. So a job goes on behind the last whole shard, and the result does
-not depend on how many jobs there were, or on when they ended.
+not depend on how many jobs there were, or on when they ended. A record holds its own hash: one that is damaged or
+edited counts for nothing, and its shard is made again.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.card import CARD, read_card
+from data_prep.card import CARD, card_hash, read_card
 from data_prep.default_codec import CODEC_FILE
 from data_prep.files import is_abandoned, write_atomic
 from data_prep.index import INDEX
@@ -79,7 +80,7 @@ class Work:
             failed = [number for number, record in enumerate(records) if record["failures"]]
             for number in range(failed[0], len(records)) if failed else ():
                 (self.folder / CARD).unlink(missing_ok=True)
-                self.shard(part, number).with_suffix(".json").unlink()
+                self.shard(part, number).with_suffix(".json").unlink(missing_ok=True)
                 self.shard(part, number).unlink(missing_ok=True)
                 removed += 1
         return removed
@@ -89,9 +90,10 @@ def _whole(shard: Path) -> dict | None:
     """The record of a shard, or None when the shard is not whole."""
     try:
         record = json.loads(shard.with_suffix(".json").read_bytes())
-        if record["file"] is None or shard.stat().st_size == record["bytes"]:
+        there = record["file"] is None or (record["file"] == shard.name and shard.stat().st_size == record["bytes"])
+        if there and record["hash"] == card_hash(record):
             return record
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     return None
 
@@ -141,8 +143,8 @@ class PartWriter:
             else:
                 self._shard.abandon()
         path = self._work.shard(self._part, self._number).with_suffix(".json")
-        notes = {"failures": self._failures, "dropped_seconds": self._dropped}
-        write_atomic(path, json.dumps({**content, "next": go_on, **notes}))
+        record = {**content, "next": go_on, "failures": self._failures, "dropped_seconds": self._dropped}
+        write_atomic(path, json.dumps({**record, "hash": card_hash(record)}))
         self._shard, self._number, self._failures, self._dropped = None, self._number + 1, [], 0.0
 
 
@@ -171,7 +173,7 @@ def check_same_work(out: Path, record: dict, retry: bool) -> None:
     """Raises ValueError if the unfinished dataset in `out` is made with other settings or from another source."""
     try:
         found = json.loads((out / WORK).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{out / WORK}: not JSON ({error}); remove {out} and start again") from None
     _check_same(out, found if isinstance(found, dict) else {}, record, retry)
 

@@ -217,7 +217,8 @@ def test_values_that_are_not_finite_or_do_not_fit_the_card_are_damage(tmp_path):
     writer = ShardWriter(path)
     latent, text = np.zeros((4, 9, 4, 6), np.float16), np.zeros((2, 12), np.float16)
     for clip in range(5):
-        writer.add(clip, 0, latent[:, : 9 - (clip == 1)], text, {"caption": ""})
+        other = {"codec": "of another dataset"} if clip == 3 else {}
+        writer.add(clip, 0, latent[:, : 9 - (clip == 1)], text, {"caption": "", **other})
     broken = npy_bytes(np.full_like(latent, np.nan))
     record = writer.finish()
     entry = Entry(*record["index"][2])
@@ -234,7 +235,9 @@ def test_values_that_are_not_finite_or_do_not_fit_the_card_are_damage(tmp_path):
         dataset.read(1)
     with pytest.raises(SampleError, match=r"000002_0000: not finite \(864 values of its latent"):
         dataset.read(2)
-    assert dataset.read(3)[0].shape == (4, 9, 4, 6)
+    with pytest.raises(SampleError, match=r"000003_0000: malformed \(made by another codec than the card's"):
+        dataset.read(3)
+    assert dataset.read(4)[0].shape == (4, 9, 4, 6)
 
 
 def test_a_dataset_without_any_healthy_sample_ends_with_a_name(tmp_path):

@@ -201,20 +201,42 @@ def test_names_that_are_not_utf8_and_relative_names(videos, tmp_path, monkeypatc
             assert same(list(video), clips) and len(clips) == 2 and video.problem is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
-def test_a_crash_ends_one_video(videos, number):
+def test_a_crash_ends_one_video(videos):
     spans = [span(videos[0], size=SIZE), span(videos[2]), span(videos[0], size=SIZE), span(videos[3])]
     with Decoders(2) as decoders:
         for n, video in enumerate(decoders.videos(spans)):
             clips = expected(video.span.path, size=video.span.size)[0]
             if n == 0:
                 found = [next(video)]
-                os.kill(decoders._workers[0].process.pid, number)
+                os.kill(decoders._workers[0].process.pid, signal.SIGSEGV)
                 found += list(video)
                 assert same(found, clips[: len(found)]) and len(found) < len(clips)
-                assert video.problem == Problem("undecodable", f"the decoder crashed: {number.name}")
+                assert video.problem == Problem("undecodable", "the decoder crashed: SIGSEGV")
             else:
                 assert same(list(video), clips) and video.problem is None
+
+
+@pytest.mark.parametrize("more", [{}, {"skip": 1}, {"clips": 6}, {"skip": 2, "clips": 5, "place": 0.1}])
+def test_a_killed_worker_costs_nothing_once(videos, more):
+    """The kernel kills any process when the machine's memory is full: that is not the video's fault."""
+    given = span(videos[0], size=SIZE, **more)
+    with Decoders() as decoders:
+        undisturbed = next(list(video) for video in decoders.videos([given]))
+        for kills in (1, 2):
+            videos_ = decoders.videos([given])
+            video, found, killed = next(videos_), [], set()
+            for clip in video:
+                found.append(clip)
+                for pid in set(pids(decoders)) - killed if len(killed) < kills else ():
+                    os.kill(pid, signal.SIGKILL)
+                    assert eventually(lambda pid=pid: gone(pid))
+                    killed.add(pid)
+            assert len(killed) == kills
+            if kills == 1:
+                assert same(found, undisturbed) and video.problem is None
+            else:
+                assert same(found, undisturbed[: len(found)]) and len(found) < len(undisturbed)
+                assert video.problem == Problem("undecodable", "the decoder crashed: SIGKILL")
 
 
 def test_many_crashes_and_other_deaths_in_a_row(videos, tmp_path, in_worker):

@@ -175,6 +175,66 @@ def test_an_interrupted_run_goes_on_behind_the_last_whole_shard(videos, tmp_path
     assert content(out) == content(whole)
 
 
+def edited(**changes):
+    return lambda record: json.dumps(json.loads(record) | changes)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda record: record[: len(record) // 2],
+        lambda record: "[" * 100_000,
+        lambda record: "{}",
+        edited(next=None),
+        edited(next=[1, 0]),
+        edited(index=[]),
+        edited(samples=99),
+        edited(failures=None),
+        lambda record: record.replace("shard-000000-0001", "shard-000000-0000"),
+    ],
+)
+def test_a_damaged_record_counts_for_nothing(videos, tmp_path, damage):
+    whole, out = tmp_path / "whole", tmp_path / "data"
+    assert run(videos, whole) == 0
+    shutil.copytree(whole, out)
+    (out / "dataset.json").unlink()
+    record = out / "shard-000000-0001.json"
+    record.write_text(damage(record.read_text()))
+    assert run(videos, out) == 0
+    assert content(out) == content(whole)
+
+
+def flip_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_codec_makes_no_sample(videos, tmp_path, capsys):
+    whole, out = tmp_path / "whole", tmp_path / "data"
+    assert run(videos, whole) == 0
+    shutil.copytree(whole, out)
+    flip_bit(out / "codec.safetensors")
+    with pytest.raises(ValueError, match=r"codec.safetensors: not a default codec \(damaged"):
+        verify(out)
+    (out / "dataset.json").unlink()
+    (out / "shard-000000-0002.json").unlink()
+    capsys.readouterr()
+    assert run(videos, out) == 2
+    assert "codec.safetensors: not a default codec (damaged" in capsys.readouterr().err
+    assert not (out / "dataset.json").exists()
+
+
+def test_a_damaged_copy_of_a_given_codec_is_written_again(videos, tmp_path):
+    first, whole, out = tmp_path / "first", tmp_path / "whole", tmp_path / "data"
+    assert run(videos, first) == run(videos, whole, "--codec", f"default:{first}") == 0
+    shutil.copytree(whole, out)
+    (out / "dataset.json").unlink()
+    flip_bit(out / "codec.safetensors")
+    assert run(videos, out, "--codec", f"default:{first}") == 0
+    assert content(out) == content(whole)
+
+
 def test_jobs_share_the_parts_and_make_the_same_bytes(videos, tmp_path, capsys):
     (videos / "bad.mp4").write_bytes(b"no")
     whole, out = tmp_path / "whole", tmp_path / "data"
@@ -367,7 +427,8 @@ def test_the_codec_of_another_dataset(videos, tmp_path, capsys):
     write_video(folder / "x.mp4", [picture(n) for n in range(5)], 16)
     assert run(folder, second, "--codec", f"default:{first}") == 0
     assert dataset_codec(second).hash == dataset_codec(first).hash
-    (second / "codec.safetensors").write_bytes((first / "codec.safetensors").read_bytes()[:-4] + b"\0\0\0\0")
+    assert run(folder, tmp_path / "third") == 0
+    shutil.copy(tmp_path / "third" / "codec.safetensors", second)
     with pytest.raises(ValueError, match="not the codec that made"):
         dataset_codec(second)
 
@@ -404,6 +465,8 @@ def test_bad_sources_are_one_line(videos, tmp_path, capsys):
     (tmp_path / "worse.jsonl").write_text('{"video": \n')
     (tmp_path / "span.csv").write_text("video,start,end\na.mp4,3,2\n")
     (tmp_path / "word.csv").write_text("video,start\na.mp4,soon\n")
+    for name, digits in (("huge", 400), ("digits", 5000)):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"video": "b.mp4", "start": {"9" * digits}}}\n')
     for src, says in (
         ("none", "no such folder or manifest"),
         ("empty", "no videos in it"),
@@ -412,6 +475,8 @@ def test_bad_sources_are_one_line(videos, tmp_path, capsys):
         ("worse.jsonl", "does not parse"),
         ("span.csv", "line 2: need 0 <= start < end"),
         ("word.csv", "start 'soon' is not a number"),
+        ("huge.jsonl", "is not a number of seconds"),
+        ("digits.jsonl", "digits.jsonl: does not parse"),
     ):
         assert run(tmp_path / src, tmp_path / "data") == 2
         error = capsys.readouterr().err

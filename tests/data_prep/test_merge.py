@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from data_prep import merge, shards
+from data_prep import default_codec, merge, shards
 from data_prep.card import read_card
 from data_prep.index import SampleIndex
 from data_prep.shards import read_sample
@@ -16,8 +16,16 @@ from tests.conftest import change_card, tiny_settings, write_dataset
 from tests.data_prep.made import write_samples
 
 
+@pytest.fixture(scope="module")
+def codec():
+    clip = np.random.default_rng(0).integers(0, 255, (5, 16, 16, 3), np.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(default_codec, "STEPS", 2)
+        return default_codec.DefaultCodec.fit([clip])
+
+
 @pytest.fixture
-def datasets(tmp_path):
+def datasets(tmp_path, codec):
     """Datasets of 12 and 7 clips, in 3 and 2 shards with the same names."""
     folders = [write_dataset(tmp_path / "a"), write_dataset(tmp_path / "b", count=7, seed=1)]
     for folder, failed in zip(folders, (1, 2)):
@@ -25,7 +33,8 @@ def datasets(tmp_path):
         change_card(folder, lambda card, skipped=skipped: card["counts"].update(skipped=skipped))
         lines = [{"source": f"{folder.name}\u2028{n}", "reason": "truncated"} for n in range(failed)]
         (folder / "failures.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        (folder / "codec.safetensors").write_bytes(b"codec")
+        codec.save(folder / "codec.safetensors")
+        change_card(folder, lambda card: card["codec"].update(hash=codec.hash))
     return folders
 
 
@@ -64,7 +73,7 @@ def test_all_samples_are_there_under_names_of_their_own(datasets, tmp_path, caps
     assert [(line["dataset"], line["source"]) for line in failures] == [
         (str(datasets[0]), "a\u20280"), (str(datasets[1]), "b\u20280"), (str(datasets[1]), "b\u20281"),
     ]  # fmt: skip
-    assert (out / "codec.safetensors").read_bytes() == b"codec"
+    assert (out / "codec.safetensors").read_bytes() == (datasets[0] / "codec.safetensors").read_bytes()
     assert "19 samples in 5 shards, of 2 datasets" in capsys.readouterr().out
     for shard, source in zip(card["shards"], [*datasets[0].glob("*.tar"), *datasets[1].glob("*.tar")]):
         assert (out / shard["file"]).stat().st_nlink == 2, source
@@ -86,8 +95,9 @@ def test_the_same_order_makes_the_same_bytes_and_another_does_not(datasets, tmp_
     assert verify(other) == 19 and (two / "shard-000000.tar").stat().st_nlink == 1
 
 
-def test_a_merged_dataset_can_be_merged(datasets, tmp_path):
+def test_a_merged_dataset_can_be_merged(datasets, tmp_path, codec):
     third = write_dataset(tmp_path / "c", count=6, seed=2)
+    change_card(third, lambda card: card["codec"].update(hash=codec.hash))
     (third / "failures.jsonl").write_text("")
     assert run(tmp_path / "ab", *datasets) == run(tmp_path / "cab", third, tmp_path / "ab") == 0
     assert verify(tmp_path / "cab") == 25
@@ -163,7 +173,7 @@ def test_shards_that_are_symlinks_become_files(datasets, tmp_path):
 @pytest.mark.parametrize(
     "section, key, value, says",
     [
-        ("codec", "hash", "d", "codec.hash (c, d)"),
+        ("codec", "hash", "d", "codec.hash (HASH, d)"),
         ("codec", "settings", {"dtype": "bfloat16"}, "codec.settings"),
         ("latent", "std", [2.0] * 4, "latent.std"),
         ("video", "fps", 8, "video.fps (16, 8)"),
@@ -171,10 +181,12 @@ def test_shards_that_are_symlinks_become_files(datasets, tmp_path):
         ("empty_caption", 0, [0.2] * 12, "empty_caption"),
     ],
 )
-def test_what_differs_is_named(datasets, tmp_path, section, key, value, says, capsys):
+def test_what_differs_is_named(datasets, tmp_path, codec, section, key, value, says, capsys):
     change_card(datasets[1], lambda card: card[section].__setitem__(key, value))
     assert run(tmp_path / "out", *datasets) == 2
-    error = f"error: {datasets[0]} and {datasets[1]} don't fit together, they differ in {says}"
+    error = f"error: {datasets[0]} and {datasets[1]} don't fit together, they differ in {says}".replace(
+        "HASH", codec.hash[:12]
+    )
     assert capsys.readouterr().err.splitlines() == [error] and not (tmp_path / "out").exists()
 
 
