@@ -30,6 +30,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from data_prep.tars import Region
 from data_prep.video import VideoError, declared_seconds, read_frames
 
 STARTS = 3  # so many workers may fail to start in a row
@@ -54,6 +55,7 @@ class Span:
     clips: int | None = None  # at most so many clips, then the video is left alone; None: all
     skip: int = 0  # clips that are decoded and left out, before all others
     place: float | None = None  # begin at this share of the room between start and end, see `DecodedVideo.room`
+    region: tuple[int, int] | None = None  # (offset, size) of the video in the file; None: it is the whole file
 
     def __post_init__(self) -> None:
         if not (self.fps > 0 and self.start >= 0 and (self.end is None or self.start < self.end)):
@@ -61,6 +63,11 @@ class Span:
             raise ValueError(f"{self.path}: {detail}: need fps > 0 and 0 <= start < end")
         if self.frames < 1 or (self.clips is not None and self.clips < 1):
             raise ValueError(f"{self.path}: frames {self.frames} and clips {self.clips} must be at least 1")
+
+    @property
+    def video(self) -> Path | Region:
+        """What `read_frames` reads."""
+        return Region(self.path, *self.region) if self.region else self.path
 
 
 @dataclass(frozen=True)
@@ -484,7 +491,7 @@ def room_of(span: Span) -> float:
     """Seconds in which a clip of the span can begin. 0 if nobody asks for a `place`, or the length is not known."""
     if span.place is None:
         return 0.0
-    end = span.end or declared_seconds(span.path) or 0.0
+    end = span.end or declared_seconds(span.video) or 0.0
     return max(0.0, end - span.start - span.frames / span.fps)
 
 
@@ -494,7 +501,7 @@ def decode(span: Span, send: Callable[..., None], memory_gib: float) -> tuple[Pr
     too_large = Problem("too large", f"needs more than {memory_gib:g} GiB of memory")
     try:
         clip = np.empty((span.frames, *span.size, 3), np.uint8)
-        frames: Any = read_frames(span.path, span.fps, span.size, span.start, span.end)
+        frames: Any = read_frames(span.video, span.fps, span.size, span.start, span.end)
         with contextlib.closing(frames):
             for frame in frames:
                 clip[filled] = frame

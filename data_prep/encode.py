@@ -3,8 +3,9 @@
     python -m data_prep.encode SRC OUT --fps 16 --size 480x832 --frames 81 --codec default --text default --job 0/1
 
 SRC is a folder of videos with .txt captions beside them, searched recursively. Or it is a manifest, JSONL or CSV, with
-`video`, `caption` and, optionally, `start` and `end` in seconds; its paths are relative to the manifest. Every video is
-cut into consecutive clips of exactly `--frames` frames. Videos that cannot be used are skipped, and listed in
+`video`, `caption` and, optionally, `start` and `end` in seconds; its paths are relative to the manifest. Or it is
+webdataset shards of videos: a folder of .tar files, one .tar, or a pattern such as `clips/{000..010}.tar`. Every video
+is cut into consecutive clips of exactly `--frames` frames. Videos that cannot be used are skipped, and listed in
 failures.jsonl.
 
 Any number of jobs can share the work: each makes the parts `i, i + n, ...` of `work.py`. Any of them can be killed, and
@@ -21,7 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -251,7 +252,8 @@ def failure_of(row: Row, problem: Problem, clips: int) -> dict:
 
 def span_of(row: Row, settings: EncodeSettings, skip: int) -> Span:
     """What to decode of a video: all whole clips but the first `skip`."""
-    return Span(row.path, settings.fps, settings.size, settings.frames, row.start, row.end, skip=skip)
+    size, frames = settings.size, settings.frames
+    return Span(row.path, settings.fps, size, frames, row.start, row.end, skip=skip, region=row.region)
 
 
 def clip_meta(row: Row, number: int, codec: Codec, settings: EncodeSettings) -> dict:
@@ -372,7 +374,7 @@ def fitting_clips(
             if found == FIT_CLIPS:
                 break
             for place in (rng.random(), 0.0):  # the video may end early
-                span = Span(row.path, settings.fps, settings.size, length, row.start, row.end, clips=1, place=place)
+                span = replace(span_of(row, settings, 0), frames=length, clips=1, place=place)
                 videos = decoders.videos([span])
                 video = next(videos)
                 clip = next(video, None)
@@ -392,7 +394,7 @@ def fitting_clips(
 def main(arguments: list[str] | None = None) -> int:
     description = "Makes a dataset of latents and text embeddings from videos."
     parser = argparse.ArgumentParser(prog="data_prep.encode", description=description)
-    parser.add_argument("src", help="folder of videos with .txt captions, or a .jsonl or .csv manifest")
+    parser.add_argument("src", help="folder of videos with .txt captions, .jsonl or .csv manifest, or .tar files")
     parser.add_argument("out", help="folder to write the dataset to")
     parser.add_argument("--fps", type=float, default=16)
     parser.add_argument("--size", default="480x832", help="HEIGHTxWIDTH, multiples of 16 (default 480x832)")
