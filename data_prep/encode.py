@@ -2,11 +2,11 @@
 
     python -m data_prep.encode SRC OUT --fps 16 --size 480x832 --frames 81 --codec default --text default --job 0/1
 
-SRC is a folder of videos with .txt captions beside them, searched recursively. Or it is a manifest, JSONL or CSV, with
-`video`, `caption` and, optionally, `start` and `end` in seconds; its paths are relative to the manifest. Or it is
-webdataset shards of videos: a folder of .tar files, one .tar, or a pattern such as `clips/{000..010}.tar`. Every video
-is cut into consecutive clips of exactly `--frames` frames. Videos that cannot be used are skipped, and listed in
-failures.jsonl.
+SRC is a folder of videos with .txt captions beside them, searched recursively. Or it is a manifest, JSONL, CSV or
+Parquet, with `video`, `caption` and, optionally, `start` and `end` in seconds; its paths are relative to the manifest.
+Or it is webdataset shards of videos: a folder of .tar files, one .tar, or a pattern such as `clips/{000..010}.tar`.
+Every video is cut into consecutive clips of exactly `--frames` frames. Videos that cannot be used are skipped, and
+listed in failures.jsonl.
 
 Any number of jobs can share the work: each makes the parts `i, i + n, ...` of `work.py`. Any of them can be killed, and
 started again. The one that finds all parts done writes the index and the card.
@@ -394,7 +394,9 @@ def fitting_clips(
 def main(arguments: list[str] | None = None) -> int:
     description = "Makes a dataset of latents and text embeddings from videos."
     parser = argparse.ArgumentParser(prog="data_prep.encode", description=description)
-    parser.add_argument("src", help="folder of videos with .txt captions, .jsonl or .csv manifest, or .tar files")
+    parser.add_argument(
+        "src", help="folder of videos with .txt captions, manifest (.jsonl, .csv, .parquet), or .tar files"
+    )
     parser.add_argument("out", help="folder to write the dataset to")
     parser.add_argument("--fps", type=float, default=16)
     parser.add_argument("--size", default="480x832", help="HEIGHTxWIDTH, multiples of 16 (default 480x832)")

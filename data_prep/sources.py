@@ -18,6 +18,8 @@ from data_prep.tars import Member, tar_members
 SUFFIXES = frozenset(
     ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .gif".split()  # noqa: SIM905
 )
+MANIFESTS = (".jsonl", ".csv", ".parquet")
+COLUMNS = ("video", "caption", "start", "end")  # of a manifest
 LARGEST_TEXT = 1 << 20  # bytes of a caption or JSON in a tar
 
 
@@ -49,10 +51,12 @@ def list_source(src: str | Path) -> list[Row]:
         rows = _rows_of_tars(tars, Path(os.path.commonpath([path.parent for path in tars])))
     elif not src.exists():
         raise ValueError(f"{src}: no such folder or manifest")
-    elif src.suffix.lower() in (".jsonl", ".csv"):
+    elif src.suffix.lower() in MANIFESTS:
         rows = [_manifest_row(src, index, line, entry) for index, (line, entry) in enumerate(_manifest(src))]
     else:
-        raise ValueError(f"{src}: expected a folder of videos or .tar files, a .jsonl or .csv manifest, or a .tar file")
+        raise ValueError(
+            f"{src}: expected a folder of videos or .tar files, a manifest ({', '.join(MANIFESTS)}), or a .tar file"
+        )
     if not rows:
         raise ValueError(f"{text}: no videos in it")
     return rows
@@ -106,7 +110,10 @@ def as_utf8(text: str) -> str:
 
 
 def _manifest(path: Path) -> Iterator[tuple[int, object]]:
-    """(line number, entry) of each entry of a JSONL or CSV file."""
+    """(line number, entry) of each entry of a JSONL, CSV or Parquet file."""
+    if path.suffix.lower() == ".parquet":
+        yield from enumerate(_parquet(path), start=1)
+        return
     with open(path, encoding="utf-8-sig", newline="") as file:
         try:
             if path.suffix.lower() == ".csv":
@@ -119,6 +126,23 @@ def _manifest(path: Path) -> Iterator[tuple[int, object]]:
                         yield line, json.loads(text)
         except (csv.Error, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path}: does not parse ({error})") from None
+
+
+def _parquet(path: Path) -> Iterator[dict]:
+    """The rows of a Parquet file, with the columns of a manifest only. Raises ValueError without pyarrow."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{path}: reading it needs pyarrow: pip install pyarrow") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = [name for name in COLUMNS if name in file.schema_arrow.names]
+            if "video" not in columns:
+                raise ValueError("no column 'video'")
+            for batch in file.iter_batches(columns=columns):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, ValueError, OSError) as error:
+        raise ValueError(f"{path}: does not parse ({error})") from None
 
 
 def _manifest_row(manifest: Path, index: int, line: int, entry: object) -> Row:
