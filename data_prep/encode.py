@@ -3,8 +3,8 @@
     python -m data_prep.encode SRC OUT --fps 16 --size 480x832 --frames 81 --codec default --text default --job 0/1
 
 SRC is a folder of videos with .txt captions beside them, searched recursively. Or it is a manifest, JSONL, CSV or
-Parquet, with `video`, `caption` and, optionally, `start` and `end` in seconds; its paths are relative to the manifest.
-Or it is webdataset shards of videos: a folder of .tar files, one .tar, or a pattern such as `clips/{000..010}.tar`.
+Parquet, with `video`, `caption` and, optionally, `captions`, `start` and `end` in seconds; its paths are relative to
+it. Or it is webdataset shards of videos: a folder of .tar files, one .tar, or a pattern such as `clips/{000..010}.tar`.
 Every video is cut into consecutive clips of exactly `--frames` frames. Videos that cannot be used are skipped, and
 listed in failures.jsonl.
 
@@ -226,10 +226,10 @@ def encode_video(
     """Encodes and writes the whole clips of a video. `video` begins behind its first `clips` clips."""
     problem: Problem | None = Problem("unreadable", row.problem)
     if video is not None:
-        embedding, problem = text.encode([row.caption])[0], None
+        texts, problem = [text.encode([caption])[0] for caption in row.captions or [row.caption]], None
         for clip in video:
             try:
-                writer.add(row, clips, codec.encode(clip), embedding, clip_meta(row, clips, codec, settings))
+                writer.add(row, clips, codec.encode(clip), texts, clip_meta(row, clips, codec, settings))
             except ValueError as error:
                 problem = Problem("not finite", str(error))
                 break
@@ -262,6 +262,7 @@ def clip_meta(row: Row, number: int, codec: Codec, settings: EncodeSettings) -> 
     start = row.start + number * frames / fps
     return {
         "caption": row.caption,
+        **({"captions": list(row.captions)} if row.captions else {}),
         "source": row.source,
         "start": start,
         "end": start + frames / fps,

@@ -19,13 +19,13 @@ SUFFIXES = frozenset(
     ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .gif".split()  # noqa: SIM905
 )
 MANIFESTS = (".jsonl", ".csv", ".parquet")
-COLUMNS = ("video", "caption", "start", "end")  # of a manifest
+COLUMNS = ("video", "caption", "captions", "start", "end")  # of a manifest
 LARGEST_TEXT = 1 << 20  # bytes of a caption or JSON in a tar
 
 
 @dataclass(frozen=True)
 class Row:
-    """One video of the source: its position, file, name in the dataset, caption, and span in seconds."""
+    """One video of the source: its position, file, name in the dataset, first caption, and span in seconds."""
 
     index: int
     path: Path
@@ -34,6 +34,7 @@ class Row:
     start: float = 0.0
     end: float | None = None
     problem: str = ""  # why it cannot be used, if that is known already
+    captions: tuple[str, ...] = ()  # all of them, if there are several
     region: tuple[int, int] | None = None  # (offset, size) of the video in the file; None: it is the whole file
 
 
@@ -66,7 +67,7 @@ def fingerprints(rows: list[Row]) -> dict[str, str]:
     """SHA-256, in hexadecimal, of a source: its videos' names, captions and spans; and the sizes of their files."""
     source, sizes = hashlib.sha256(), hashlib.sha256()
     for row in rows:
-        source.update(json.dumps([row.source, row.caption, row.start, row.end]).encode())
+        source.update(json.dumps([row.source, row.caption, row.start, row.end, *row.captions]).encode())
         sizes.update(f"{row.region[1] if row.region else _size(row.path)} ".encode())
     return {"source": source.hexdigest(), "source_sizes": sizes.hexdigest()}
 
@@ -150,11 +151,24 @@ def _manifest_row(manifest: Path, index: int, line: int, entry: object) -> Row:
     if not isinstance(entry, dict) or not isinstance(video, str) or not video:
         raise ValueError(f"{manifest} line {line}: no 'video'")
     try:
-        start, end = _span(entry)
+        captions, (start, end) = _captions("", entry), _span(entry)
     except ValueError as error:
         raise ValueError(f"{manifest} line {line}: {error}") from None
-    caption = as_utf8(" ".join(str(entry.get("caption") or "").split()))
-    return Row(index, manifest.parent / video, as_utf8(video), caption, start, end)
+    return Row(
+        index, manifest.parent / video, as_utf8(video), captions[0], start, end, captions=captions[1:] and captions
+    )
+
+
+def _captions(first: str, entry: dict) -> tuple[str, ...]:
+    """The captions of an entry, each once: `first` or its "caption", and its "captions". "" alone if it has none.
+
+    Raises ValueError unless "captions" is a list of texts.
+    """
+    more = entry.get("captions") or []
+    if not isinstance(more, list) or not all(isinstance(caption, str) for caption in more):
+        raise ValueError(f"captions {str(more)[:100]!r} is not a list of texts")
+    tidy = [as_utf8(" ".join(str(caption).split())) for caption in (first or entry.get("caption") or "", *more)]
+    return tuple(dict.fromkeys(filter(None, tidy))) or ("",)
 
 
 def _span(entry: dict) -> tuple[float, float | None]:
@@ -225,7 +239,8 @@ def _rows_of_tar(path: Path, shard: str) -> Iterator[Row]:
                     yield Row(0, path, as_utf8(shard), "", problem=member.problem)
                 elif suffix.lower() in SUFFIXES:
                     beside = [named[key + end] for end in (".txt", ".json") if key + end in named]
-                    caption, start, end, problem = "", 0.0, None, ""
+                    start, end, problem = 0.0, None, ""
+                    captions: tuple[str, ...] = ("",)
                     try:
                         for one in (member, *beside):
                             if one.problem or counts[one.name] > 1:
@@ -233,25 +248,25 @@ def _rows_of_tar(path: Path, shard: str) -> Iterator[Row]:
                                 raise ValueError(what + (one.problem or "the tar holds it twice"))
                         if key == unsure:
                             raise ValueError("cut short: behind it the tar ends or is damaged")
-                        caption, start, end = _annotation(file.fileno(), beside)
+                        captions, start, end = _annotation(file.fileno(), beside)
                     except ValueError as error:
                         problem = str(error)
-                    region = (member.offset, member.size)
-                    yield Row(0, path, as_utf8(f"{shard}/{name}"), caption, start, end, problem, region)
+                    several, region = captions[1:] and captions, (member.offset, member.size)
+                    yield Row(0, path, as_utf8(f"{shard}/{name}"), captions[0], start, end, problem, several, region)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _annotation(file: int, members: list[Member]) -> tuple[str, float, float | None]:
-    """(caption, start, end) from a sample's .txt and .json. Raises ValueError if they make no sense."""
-    caption, start, end = "", 0.0, None
+def _annotation(file: int, members: list[Member]) -> tuple[tuple[str, ...], float, float | None]:
+    """(captions, start, end) from a sample's .txt and .json. Raises ValueError if they make no sense."""
+    text, entry = "", {}
     for member in members:
         suffix = os.path.splitext(member.name)[1]
         if member.size > LARGEST_TEXT:
             raise ValueError(f"{suffix}: {member.size} bytes are too many, at most {LARGEST_TEXT}")
         data = os.pread(file, member.size, member.offset)
         if suffix == ".txt":
-            caption = data.decode(errors="replace")
+            text = data.decode(errors="replace")
             continue
         try:
             entry = json.loads(data)
@@ -259,6 +274,5 @@ def _annotation(file: int, members: list[Member]) -> tuple[str, float, float | N
             raise ValueError(f"{suffix}: does not parse ({error})") from None
         if not isinstance(entry, dict):
             raise ValueError(f"{suffix}: not an object")
-        start, end = _span(entry)
-        caption = caption or str(entry.get("caption") or entry.get("text") or "")
-    return as_utf8(" ".join(caption.split())), start, end
+    first = text.strip() or entry.get("caption") or entry.get("text") or ""
+    return _captions(str(first), entry), *_span(entry)

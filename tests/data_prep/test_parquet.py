@@ -8,8 +8,8 @@ import pytest
 from data_prep.sources import fingerprints, list_source
 
 ENTRIES = [
-    {"video": "a.mp4", "caption": "one  two", "start": 0.5, "end": 1.5, "other": [1]},
-    {"video": "b/ü.mp4", "caption": None, "start": None, "end": None, "other": None},
+    {"video": "a.mp4", "caption": "one  two", "start": 0.5, "end": 1.5, "captions": ["x", "y"]},
+    {"video": "b/ü.mp4", "caption": None, "start": None, "end": None, "captions": None},
 ]
 
 

@@ -206,7 +206,9 @@ def test_what_is_wrong_with_a_sample_is_its_own_failure(video, tmp_path):
 def test_json_gives_caption_and_span_and_text_goes_first(video, tmp_path):
     entry = json.dumps({"caption": "of  json", "text": "no", "start": 0.25, "end": 0.6}).encode()
     members = [("a.mp4", video), ("a.json", entry), ("b.mp4", video), ("b.json", entry), ("b.txt", b"of text")]
+    members += [("c.mp4", video), ("c.json", b'{"captions": ["x", "y"]}'), ("c.txt", b"z")]
     rows = list_source(pack(tmp_path / "a.tar", members))
+    assert (rows.pop().captions, rows[0].captions) == (("z", "x", "y"), ())
     assert [(row.caption, row.start, row.end) for row in rows] == [("of json", 0.25, 0.6), ("of text", 0.25, 0.6)]
 
 
