@@ -114,6 +114,34 @@ def test_a_folder_becomes_a_dataset(videos, tmp_path, capsys):
     assert found["000002_0000"][2]["source"] == "more/c.mp4"
 
 
+def test_a_stride_makes_clips_overlap_or_leaves_gaps(videos, tmp_path, capsys):
+    whole, out = tmp_path / "whole", tmp_path / "data"
+    assert run(videos, whole, "--stride", "5") == 0
+    assert "stride" not in read_card(whole)["source"]["settings"]
+    for stride, starts, left in ((3, [[0, 3, 6, 9, 12, 15], [0, 3, 6], [0]], 0 + 1 + 2), (8, [[0, 8], [0], [0]], 16)):
+        assert run(videos, out, "--stride", str(stride)) == 0
+        assert verify(out) == sum(map(len, starts))
+        found, card = samples(out), read_card(out)
+        wanted = {f"{row:06d}_{n:04d}": at / 16 for row, own in enumerate(starts) for n, at in enumerate(own)}
+        assert {key: sample.meta["start"] for key, sample in found.items()} == wanted
+        assert all(sample.meta["end"] == wanted[key] + 5 / 16 for key, sample in found.items())
+        assert card["counts"]["dropped_seconds"] == left / 16 and card["source"]["settings"]["stride"] == stride
+        frames = np.stack(list(read_frames(videos / "a.mkv", 16, (32, 48))))
+        expected = dataset_codec(out).encode(frames[stride : stride + 5]).astype(np.float16)
+        assert np.array_equal(found["000000_0001"].latent, expected)
+        capsys.readouterr()
+        assert run(videos, out) == 2
+        assert f"differs in stride ({stride}, now None)" in capsys.readouterr().err
+        # Stopped behind the first shard, it goes on within the first video.
+        before = content(out)
+        for name in ("dataset.json", "samples.npy", "shard-000000-0001.json", "shard-000000-0001.tar"):
+            (out / name).unlink(missing_ok=True)
+        assert run(videos, out, "--stride", str(stride)) == 0
+        assert content(out) == before
+        shutil.rmtree(out)
+    assert run(videos, out, "--stride", "-1") == 2
+
+
 def test_several_captions_are_embedded_each(videos, tmp_path):
     entries = [
         {"video": "b.mp4", "caption": "one", "captions": ["two  words", "one", "", "three"]},
