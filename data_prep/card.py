@@ -12,6 +12,7 @@ import numpy as np
 
 from data_prep.files import write_atomic
 from data_prep.geometry import LatentGeometry
+from data_prep.places import Place, no_such_folder, place_of, read_whole
 from data_prep.shards import Sample, SampleError, is_finite
 
 SCHEMA = 2
@@ -56,19 +57,28 @@ def card_hash(card: dict) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def read_card(folder: str | Path) -> dict:
-    """Reads and validates the card of a dataset.
+class NotADataset(ValueError):
+    """There is no dataset at an address."""
 
-    Raises a one-line ValueError otherwise. What the shards hold is checked whenever a sample is read, and by
-    `python -m data_prep.verify`.
+
+def read_card(folder: str | Place) -> dict:
+    """Reads and validates the card of a dataset, local or remote.
+
+    Raises a one-line ValueError otherwise, and NotADataset where there is none. What the shards hold is checked
+    whenever a sample is read, and by `python -m data_prep.verify`.
     """
-    path = Path(folder) / CARD
-    if not path.is_file():
-        if not Path(folder).is_dir():
-            raise ValueError(f"{folder}: no such folder")
-        raise ValueError(f"{folder}: not a dataset, it has no {CARD} (or its encoding is not finished)")
+    place = place_of(folder)
+    path = place / CARD
+    if no_such_folder(place):
+        raise NotADataset(f"{folder}: no such folder")
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        text = read_whole(path)
+    except FileNotFoundError:
+        raise NotADataset(f"{place}: not a dataset, it has no {CARD} (or its encoding is not finished)") from None
+    except OSError as error:
+        raise ValueError(f"{path}: not readable ({error.strerror or error})") from None
+    try:
+        card = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     validate_card(card, path)
@@ -81,7 +91,7 @@ def card_geometry(card: dict) -> LatentGeometry:
     return LatentGeometry(card["latent"]["channels"], (time, rows, columns))
 
 
-def validate_card(card: object, where: str | Path) -> None:
+def validate_card(card: object, where: str | Place) -> None:
     """Raises a ValueError that names `where` and the key, if `card` is not a card of this schema."""
     if not isinstance(card, dict):
         raise ValueError(f"{where}: not a dataset card")
@@ -112,6 +122,8 @@ def validate_card(card: object, where: str | Path) -> None:
     for shard in card["shards"]:
         if not isinstance(shard, dict) or not {"file", "samples", "bytes", "sha256"} <= shard.keys():
             raise ValueError(f"{where}: a shard without file, samples, bytes or sha256")
+        if not isinstance(shard.get("first_video", 0), int):
+            raise ValueError(f"{where}: first_video of a shard is not a whole number")
     for name in (card["index"]["file"], *(shard["file"] for shard in card["shards"])):
         if not isinstance(name, str) or os.path.basename(name) != name:
             raise ValueError(f"{where}: {name!r} is not a plain file name")

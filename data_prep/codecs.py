@@ -14,6 +14,7 @@ from torch import Tensor
 from data_prep.card import read_card
 from data_prep.default_codec import CODEC_FILE, DefaultCodec
 from data_prep.geometry import LatentGeometry
+from data_prep.places import Place, local_copy, place_of
 from data_prep.wan_codec import WanCodec
 
 
@@ -49,18 +50,39 @@ def open_codec(spec: str, device: str = "cpu", precision: str = "auto") -> Codec
     raise ValueError(f"unknown codec {spec!r}, expected default, default:FOLDER or wan:FOLDER")
 
 
-def dataset_codec(dataset: str | Path, device: str = "cpu") -> Codec:
+def dataset_codec(dataset: str | Place, device: str = "cpu") -> Codec:
     """Opens the codec that made a dataset, as its card says. Raises ValueError if it finds another codec there."""
-    recorded = read_card(dataset)["codec"]
+    card, path = read_card(dataset), place_of(dataset) / CODEC_FILE
+    recorded = card["codec"]
     codec: Codec
     if recorded["name"] == "default":
-        codec = DefaultCodec.load(Path(dataset) / CODEC_FILE)
+        codec = _built_in(path, card)
     elif recorded["name"] == "wan":
         codec = WanCodec(recorded["folder"], device)
     else:
         raise ValueError(f"{dataset}: made by an unknown codec {recorded['name']!r}")
     if codec.hash != recorded["hash"]:
-        found = codec.folder or Path(dataset) / CODEC_FILE
+        found = codec.folder or path
         hashes = f"hash {codec.hash[:12]}, the dataset says {recorded['hash'][:12]}"
         raise ValueError(f"{found}: not the codec that made {dataset} ({hashes})")
     return codec
+
+
+def _built_in(path: Place, card: dict) -> DefaultCodec:
+    """The codec.safetensors of a dataset, local or remote. Raises a one-line ValueError."""
+
+    def is_whole(file: Path) -> bool:
+        try:
+            return DefaultCodec.load(file).hash == card["codec"]["hash"]
+        except ValueError:
+            return False
+
+    try:
+        file = path if isinstance(path, Path) else local_copy(path, card["codec"]["hash"], is_whole)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file, expected a default codec") from None
+    except OSError as error:
+        raise ValueError(f"{path}: not readable ({error.strerror or error})") from None
+    if file is None:
+        raise ValueError(f"{path}: not the codec that the card names, or damaged")
+    return DefaultCodec.load(file)

@@ -32,7 +32,7 @@ def is_abandoned(temporary: Path) -> bool:
     return time.time() - temporary.stat().st_mtime > 3600
 
 
-def write_atomic(path: str | Path, data: bytes | str) -> None:
+def write_atomic(path: str | Path, data: bytes | bytearray | str) -> None:
     """Replaces a file as a whole or not at all, also after a power cut. Text is written as UTF-8."""
     path = Path(path)
     temporary = temporary_beside(path)

@@ -3,15 +3,18 @@
     DATASET/samples.npy     one row (offset, bytes, crc32, video, clip) per sample, in the order of the card's shards
 
 It is a plain numpy array, mapped into memory: the processes of a machine share its pages, and opening it takes no time.
+That of a remote dataset is copied first, once for all processes of the machine.
 """
 
 import io
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_prep.files import sha256_of_file, write_atomic
+from data_prep.places import Place, local_copy, place_of
 from data_prep.shards import Entry
 
 INDEX = "samples.npy"
@@ -24,8 +27,13 @@ def write_index(folder: str | Path, records: Iterable[dict]) -> dict:
     Returns {"file", "bytes", "sha256"}, for the card.
     """
     parts = [np.array([tuple(entry) for entry in record["index"]], ROW) for record in records]
+    return write_rows(folder, np.concatenate(parts) if parts else np.empty(0, ROW))
+
+
+def write_rows(folder: str | Path, rows: np.ndarray) -> dict:
+    """Writes the index with these rows, of dtype ROW. Returns the same."""
     buffer = io.BytesIO()
-    np.save(buffer, np.concatenate(parts) if parts else np.empty(0, ROW), allow_pickle=False)
+    np.save(buffer, rows, allow_pickle=False)
     path = Path(folder) / INDEX
     write_atomic(path, buffer.getvalue())
     return {"file": INDEX, "bytes": len(buffer.getvalue()), "sha256": sha256_of_file(path)}
@@ -37,17 +45,26 @@ class SampleIndex:
     Raises a one-line ValueError when the index is not the one that the card names.
     """
 
-    def __init__(self, folder: str | Path, card: dict):
-        path = Path(folder) / card["index"]["file"]
-        if not path.is_file():
-            raise ValueError(f"{path}: missing, but the card names it")
-        if path.stat().st_size != card["index"]["bytes"] or sha256_of_file(path) != card["index"]["sha256"]:
+    def __init__(self, folder: str | Place, card: dict):
+        path = place_of(folder) / card["index"]["file"]
+
+        def is_whole(file: Path) -> bool:
+            return file.stat().st_size == card["index"]["bytes"] and sha256_of_file(file) == card["index"]["sha256"]
+
+        try:
+            file = local_copy(path, card["index"]["sha256"], is_whole)
+        except FileNotFoundError:
+            raise ValueError(f"{path}: missing, but the card names it") from None
+        except OSError as error:
+            raise ValueError(f"{path}: not readable ({error.strerror or error})") from None
+        if file is None:
             raise ValueError(f"{path}: not the index that the card names, or damaged; encode again to write it anew")
         try:
-            self.rows = np.load(path, mmap_mode="r", allow_pickle=False)
+            self.rows = np.load(file, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
             raise ValueError(f"{path}: not an index ({error})") from None
         self.files = [shard["file"] for shard in card["shards"]]
+        self._first_videos = [shard.get("first_video", 0) for shard in card["shards"]]
         self._ends = np.cumsum([shard["samples"] for shard in card["shards"]])
         if self.rows.dtype != ROW or self.rows.shape != (self._ends[-1],):
             found = f"{self.rows.dtype} {self.rows.shape}"
@@ -59,7 +76,7 @@ class SampleIndex:
     def __getitem__(self, number: int) -> tuple[str, Entry]:
         """The shard file of sample `number`, and the place in it."""
         shard = int(np.searchsorted(self._ends, number, side="right"))
-        return self.files[shard], Entry(*(int(value) for value in self.rows[number]))
+        return self.files[shard], self._entry(self.rows[number], shard)
 
     def key(self, number: int) -> str:
         """The name of sample `number`."""
@@ -68,4 +85,8 @@ class SampleIndex:
     def of_shard(self, shard: int) -> list[Entry]:
         """The entries of shard number `shard`, in its order."""
         begin = 0 if shard == 0 else int(self._ends[shard - 1])
-        return [Entry(*(int(value) for value in row)) for row in self.rows[begin : int(self._ends[shard])]]
+        return [self._entry(row, shard) for row in self.rows[begin : int(self._ends[shard])]]
+
+    def _entry(self, row: Any, shard: int) -> Entry:
+        offset, size, crc32, video, clip = row.tolist()
+        return Entry(offset, size, crc32, video, clip, self._first_videos[shard])

@@ -26,23 +26,34 @@ import numpy as np
 import webdataset
 
 from data_prep.files import sync, temporary_beside
+from data_prep.places import Place, Remote, place_of, read_range
 
 HEADER_BYTES = 4096  # no header of an array is longer
 MEMBERS = ("json", "latent.npy", "text.npy")  # of a sample with one caption, in the order of the file
 
 
 class Entry(NamedTuple):
-    """Where a sample is in its shard: `bytes` bytes from `offset` on, with this CRC-32; and its video and clip."""
+    """Where a sample is in its shard: `bytes` bytes from `offset` on, with this CRC-32; and its video and clip.
+
+    In a merged dataset videos are counted on: `first_video` of it is video 0 of the shard.
+    """
 
     offset: int
     bytes: int
     crc32: int
     video: int
     clip: int
+    first_video: int = 0
 
     @property
     def key(self) -> str:
+        """The sample's name in the dataset."""
         return sample_key(self.video, self.clip)
+
+    @property
+    def stored_key(self) -> str:
+        """Its name in the shard."""
+        return sample_key(self.video - self.first_video, self.clip)
 
 
 class Sample(NamedTuple):
@@ -67,6 +78,18 @@ class SampleError(ValueError):
     def __init__(self, where: str, reason: str, detail: str = ""):
         self.where, self.reason, self.detail = where, reason, detail
         super().__init__(f"{where}: {reason}{f' ({detail})' if detail else ''}")
+
+
+def caption_of(sample: Sample) -> str:
+    """The caption of a sample, in one line; "" without one."""
+    return " ".join(str(sample.meta.get("caption") or "").split())
+
+
+def span_of(sample: Sample) -> str:
+    """A sample's span of time in its video, such as "2.06–4.12 s"; "" if its JSON does not say."""
+    start, end = sample.meta.get("start"), sample.meta.get("end")
+    known = isinstance(start, (int, float)) and isinstance(end, (int, float))
+    return f"{start:.2f}–{end:.2f} s" if known else ""
 
 
 def sample_key(video: int, clip: int) -> str:
@@ -165,7 +188,10 @@ class ShardWriter:
         return len(self._spans)
 
     def finish(self) -> dict:
-        """Gives the whole shard its name. Returns {"file", "samples", "bytes", "sha256", "index"}: one Entry each."""
+        """Gives the whole shard its name. Returns {"file", "samples", "bytes", "sha256", "index"}.
+
+        The index has a list per sample: offset, bytes, crc32, video, clip, as in an Entry.
+        """
         self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -174,7 +200,7 @@ class ShardWriter:
         for (video, clip), begin, end in zip(self._spans, self._ends, self._ends[1:]):
             data = self._file.read(end - begin)
             digest.update(data)
-            index.append(list(Entry(begin, len(data), zlib.crc32(data), video, clip)))
+            index.append([begin, len(data), zlib.crc32(data), video, clip])
         digest.update(self._file.read())
         size = self._file.tell()
         self._file.close()
@@ -191,19 +217,30 @@ class ShardWriter:
         self._temporary.unlink(missing_ok=True)
 
 
-def read_sample(path: str | Path, entry: Entry) -> Sample:
-    """Reads one sample of a shard and checks its bytes. Raises SampleError when it is not as it was written."""
-    where = f"{path}: {entry.key}"
+def read_sample(path: str | Place, entry: Entry) -> Sample:
+    """Reads one sample of a local or remote shard and checks its bytes.
+
+    Raises SampleError when it is not as it was written. A wrong answer of a server is asked for again first. Raises
+    RemoteError when the server stays away.
+    """
+    place = place_of(path)
+    where = f"{place}: {entry.key}"
+    if isinstance(place, Remote):
+        try:
+            return parse_sample(_read(place, entry, where), entry, where)
+        except SampleError as error:
+            if error.reason not in ("cut short", "damaged"):
+                raise
+    return parse_sample(_read(place, entry, where), entry, where)
+
+
+def _read(place: Place, entry: Entry, where: str) -> bytearray:
     try:
-        with open(path, "rb", buffering=0) as file:
-            file.seek(entry.offset)
-            data = bytearray(entry.bytes)
-            del data[file.readinto(data) :]
+        return bytearray(read_range(place, entry.offset, entry.bytes))
     except FileNotFoundError:
         raise SampleError(where, "missing", "no such file") from None
     except OSError as error:
         raise SampleError(where, "unreadable", error.strerror or str(error)) from None
-    return parse_sample(data, entry, where)
 
 
 def parse_sample(data: bytearray, entry: Entry, where: str) -> Sample:
@@ -215,10 +252,10 @@ def parse_sample(data: bytearray, entry: Entry, where: str) -> Sample:
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             members = [(info.name, info.offset_data, info.size) for info in tar]
-        texts = text_members(max(1, len(members) - 2))
-        if [name for name, _, _ in members] != [f"{entry.key}.{name}" for name in sorted([*MEMBERS[:2], *texts])]:
+        texts, key = text_members(max(1, len(members) - 2)), entry.stored_key
+        if [name for name, _, _ in members] != [f"{key}.{name}" for name in sorted([*MEMBERS[:2], *texts])]:
             raise ValueError(f"it holds {', '.join(name for name, _, _ in members) or 'nothing'}")
-        parts = {name[len(entry.key) + 1 :]: memoryview(data)[at : at + size] for name, at, size in members}
+        parts = {name[len(key) + 1 :]: memoryview(data)[at : at + size] for name, at, size in members}
         meta = json.loads(bytes(parts["json"]))
         if not isinstance(meta, dict):
             raise ValueError("its JSON is not an object")

@@ -12,6 +12,7 @@ import numpy as np
 
 from data_prep.card import read_card
 from data_prep.files import sha256_of_files
+from data_prep.places import Place
 
 
 class TextEncoder(Protocol):
@@ -115,7 +116,7 @@ def open_text(spec: str, device: str = "cpu") -> TextEncoder:
     raise ValueError(f"unknown text encoder {spec!r}, expected default or umt5:FOLDER")
 
 
-def dataset_text(dataset: str | Path, device: str = "cpu") -> TextEncoder:
+def dataset_text(dataset: str | Place, device: str = "cpu") -> TextEncoder:
     """Opens the text encoder that made a dataset, as its card says. Raises ValueError if it finds another one there."""
     recorded = read_card(dataset)["text"]
     spec = "default" if recorded["name"] == "default" else f"{recorded['name']}:{recorded['folder']}"

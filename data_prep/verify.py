@@ -9,18 +9,17 @@ exit code is 2 if there is any.
 import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from tqdm import tqdm
 
 from data_prep.card import check_sample, read_card
 from data_prep.command import printable, run_command
-from data_prep.files import sha256_of_file
 from data_prep.index import SampleIndex
+from data_prep.places import Place, place_of, size_and_sha256
 from data_prep.shards import SampleError, read_sample
 
 
-def problems(folder: str | Path) -> Iterator[str]:
+def problems(folder: str | Place) -> Iterator[str]:
     """Yields one line for everything that is wrong in a dataset. Reads the whole dataset twice at most."""
     try:
         card = read_card(folder)
@@ -30,7 +29,7 @@ def problems(folder: str | Path) -> Iterator[str]:
         return
     keys: set[str] = set()
     for number, shard in enumerate(tqdm(card["shards"], desc="verify", unit="shard", leave=False, disable=None)):
-        path = Path(folder) / shard["file"]
+        path = place_of(folder) / shard["file"]
         entries = index.of_shard(number)
         for entry in entries:
             if entry.key in keys:
@@ -46,13 +45,14 @@ def problems(folder: str | Path) -> Iterator[str]:
                 if error.reason in ("missing", "unreadable"):
                     break
         else:
-            if path.stat().st_size != shard["bytes"]:
-                yield f"{path}: {path.stat().st_size} bytes, the card says {shard['bytes']}"
-            elif sha256_of_file(path) != shard["sha256"]:
+            size, digest = size_and_sha256(path)
+            if size != shard["bytes"]:
+                yield f"{path}: {size} bytes, the card says {shard['bytes']}"
+            elif digest != shard["sha256"]:
                 yield f"{path}: its sha256 is not the card's"
 
 
-def verify(folder: str | Path) -> int:
+def verify(folder: str | Place) -> int:
     """Checks a whole dataset. Returns the number of samples. Raises ValueError with the first problem."""
     for problem in problems(folder):
         raise ValueError(problem)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from data_prep.places import PATIENCE, check_address
 from rf_train.diffusion.flow_matching import FlowSettings
 from rf_train.diffusion.histories import Autoregressive, History
 from rf_train.model.chunks import Attention, Dense
@@ -59,16 +60,23 @@ class Mixture:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Dataset folders, written by `data_prep.encode`."""
+    """Datasets, written by `data_prep.encode`: local folders, or https://, http://, s3:// and gs:// addresses."""
 
     train: str = ""  # a folder, or the name of a mixture
     mixtures: tuple[Mixture, ...] = ()
     evaluation: str = ""  # long held-out clips, with the same codec and text encoder
     workers: int = 2  # threads of each rank that read ahead, a step each; 0 = nothing is read ahead
     max_damaged: float = 0.01  # the run stops when a larger share of the clips that it reads is damaged
+    patience: float = PATIENCE  # seconds that a read waits for the server of a remote dataset when it is away
 
     def validate(self) -> None:
         require_at_least(0, self, "workers")
+        for mixture in self.mixtures:
+            for part in mixture.parts:
+                check_address("data.mixtures", part.data)
+        check_address("data.train", self.train)
+        check_address("data.evaluation", self.evaluation)
+        require(0 <= self.patience <= 1e7, f"data.patience={self.patience} is not a number of seconds from 0 to 1e7")
         require(0 <= self.max_damaged <= 1, f"data.max_damaged={self.max_damaged} is not a share from 0 to 1")
         names = [mixture.name for mixture in self.mixtures]
         require(len(set(names)) == len(names), f"data.mixtures: names must differ, got {names}")
@@ -83,13 +91,14 @@ class Stage:
     history: History = field(default_factory=Autoregressive)  # one of rf_train/diffusion/histories.py
     attention: Attention = field(default_factory=Dense)  # dense | window | routed
     frames: int = 0  # latent frames of a clip; 0 = the dataset's
-    data: str = ""  # dataset folder, or the name of a mixture; "" = data.train
+    data: str = ""  # dataset folder or address, or the name of a mixture; "" = data.train
     batch: int = 64  # clips per step, over all ranks
     lr: float = 5e-5
     lr_end: float = 0.0  # the learning rate falls linearly to this by the end of the stage; 0 = it stays
     warmup: int = 0  # steps of linear learning-rate warm-up at the start of the stage
 
     def validate(self) -> None:
+        check_address("data", self.data)
         require_at_least(1, self, "steps", "batch")
         require_at_least(0, self, "frames", "warmup", "lr_end")
         require_positive(self, "lr")
@@ -231,7 +240,7 @@ class Recipe:
         raise ValueError(f"step {step} is past the recipe's end")
 
     def dataset_of(self, stage: Stage) -> str:
-        """The dataset folder that a stage trains on, or the name of a mixture."""
+        """The dataset that a stage trains on: a folder, an address, or the name of a mixture."""
         return stage.data or self.data.train
 
     def mixture(self, name: str) -> Mixture | None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from data_prep.command import run_command
 from data_prep.files import write_json
+from data_prep.places import no_such_folder, place_of
 from data_prep.video import write_video
 from rf_train.data.latent_dataset import LatentDataset
 from rf_train.diffusion.batch import Batch
@@ -122,9 +123,10 @@ def evaluate_run(options: argparse.Namespace) -> str:
     folder = options.data or generator.recipe.data.evaluation
     if not folder:
         raise ValueError("no dataset to evaluate on: give --data FOLDER or set data.evaluation in the recipe")
-    if not Path(folder).is_dir():
+    place = place_of(folder, generator.recipe.data.patience)
+    if no_such_folder(place):
         raise ValueError(f"{folder}: no such folder; give --data FOLDER, a dataset of long held-out clips")
-    dataset = LatentDataset(folder, generator.recipe.model)
+    dataset = LatentDataset(place, generator.recipe.model)
     for part in ("codec", "text"):
         if dataset.card[part]["hash"] != generator.card[part]["hash"]:
             trained_on = generator.recipe.data.train

@@ -18,6 +18,7 @@ from data_prep.card import card_geometry, read_card
 from data_prep.codecs import Codec, dataset_codec
 from data_prep.command import require_finite, run_command
 from data_prep.geometry import LatentGeometry
+from data_prep.places import Place, place_of
 from data_prep.text import dataset_text
 from data_prep.video import read_frames, write_video
 from rf_train import config
@@ -42,7 +43,7 @@ class Generator:
     card: dict
     trained_frames: int  # latent frames of the longest clip trained on
     codec: Codec
-    dataset: Path
+    dataset: Place
     device: torch.device
 
     def embed(self, prompts: list[str]) -> list[Tensor]:
@@ -92,10 +93,11 @@ def open_run(run: str | Path, overrides: Sequence[str] = (), step: int = 0, weig
         raise ValueError(f"{folder}: the checkpoint does not fit the recipe's model: {wrong}")
     model.load_state_dict(state)
     model = model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
-    dataset = Path(recipe.folders_of(recipe.data.train or recipe.stages[0].data)[0])
+    patience = recipe.data.patience
+    dataset = place_of(recipe.folders_of(recipe.data.train or recipe.stages[0].data)[0], patience)
     card = read_card(dataset)
     check_card(card, recipe.model, dataset)
-    folders = [recipe.folders_of(recipe.dataset_of(stage))[0] for stage in recipe.stages]
+    folders = [place_of(recipe.folders_of(recipe.dataset_of(stage))[0], patience) for stage in recipe.stages]
     frames = [stage.frames or read_card(folder)["latent"]["frames"] for stage, folder in zip(recipe.stages, folders)]
     codec = dataset_codec(dataset, device.type)
     return Generator(recipe, model, checkpoint.step_of(folder), card, max(frames), codec, dataset, device)

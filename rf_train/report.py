@@ -8,10 +8,8 @@ first run's `report.html`. Plots are inline SVG, videos are inline mp4, and noth
 import argparse
 import base64
 import html
-import io
 import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from PIL import Image
 
 from data_prep.command import run_command
 from data_prep.files import write_atomic
+from data_prep.pages import COLOURS, GREY, html_page, html_table, new_figure, svg
 from data_prep.video import read_frames
 from rf_train import config
 from rf_train.evaluate import read_evaluation
@@ -28,24 +27,7 @@ from rf_train.evaluation.video_metrics import VIDEO_METRICS, VideoMetric
 from rf_train.metrics import METRICS, Metric
 from rf_train.run_log import read_rows
 
-COLOURS = ("#0b6bcb", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#0e7490")
-GREY = "#8c959f"
 REQUIRED = ("step", "stage", "loss", "seconds", "samples_per_s", "rollout_share")  # of each row of metrics.jsonl
-
-STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: 0; }
-h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #d8dee4; padding-bottom: .3rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #eaeef2; }
-th:first-child, td:first-child { text-align: left; }
-.note { color: #57606a; } svg { max-width: 100%; height: auto; } figure { margin: 0; }
-.clips { display: grid; gap: .6rem; align-items: start; margin-bottom: 1.4rem; }
-.clips video { width: 100%; image-rendering: pixelated; border-radius: 4px; background: #000; }
-.clips figcaption { font-size: .85rem; }
-.dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .4em; }
-"""
 
 
 class RunRecord:
@@ -82,26 +64,6 @@ class RunRecord:
 
 
 # ---- plots
-
-
-def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
-    # A dollar sign in a name must not start a formula.
-    style = {"svg.fonttype": "none", "svg.hashsalt": "rf_train", "font.size": 9, "text.parse_math": False}
-    matplotlib.rcParams.update({**style, "axes.spines.top": False, "axes.spines.right": False})
-    figure = Figure(figsize=(width, height))
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def svg(figure: Any) -> str:
-    """A matplotlib figure as inline SVG. It uses the page's fonts and has no date, so equal figures give equal text."""
-    text = io.StringIO()
-    figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
 
 
 def smooth(values: list[float], width: int) -> np.ndarray:
@@ -262,13 +224,6 @@ def routing_section(runs: list[RunRecord]) -> str:
 # ---- tables
 
 
-def html_table(heads: list[str], rows: list[list[str]]) -> str:
-    def line(tag: str, cells: Iterable[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-
-    return "<table>" + line("th", heads) + "".join(line("td", row) for row in rows) + "</table>"
-
-
 def stage_table(run: RunRecord) -> str:
     rows = []
     for stage, begin, end in run.recipe.stage_spans:
@@ -426,9 +381,7 @@ def page(runs: list[RunRecord]) -> str:
         if run.evaluation and run not in comparable:
             parts.append(f"<p>{html.escape(run.name)} was evaluated on other segments and isn't compared here.</p>")
     parts += [extra_videos(run) for run in runs]
-    title = html.escape("rf_train: " + ", ".join(run.name for run in runs))
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+    return html_page("rf_train: " + ", ".join(run.name for run in runs), "".join(parts))
 
 
 def comparable_runs(runs: list[RunRecord]) -> list[RunRecord]:

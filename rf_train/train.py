@@ -24,7 +24,7 @@ from data_prep.command import BAD_INPUT, INTERRUPTED, UNFORESEEN, one_line, prin
 from data_prep.files import write_atomic
 from rf_train import config
 from rf_train.config import Recipe, Stage
-from rf_train.data.batches import Datasets, micro_steps, open_datasets, steps
+from rf_train.data.batches import Datasets, longest_wait, micro_steps, open_datasets, steps
 from rf_train.data.damage import Damage, DamageLog
 from rf_train.diffusion.batch import Batch
 from rf_train.diffusion.histories import History, make_history
@@ -70,7 +70,7 @@ def train(recipe: Recipe) -> None:
     """Trains all steps of `recipe` that come after its newest checkpoint. Called on every rank."""
     if recipe.run.deterministic:
         use_deterministic_kernels()
-    ranks = start_ranks()
+    ranks = start_ranks(longest_wait(recipe))
     datasets = open_datasets(recipe)
     check_split(recipe, datasets, ranks)
     check_same_settings(

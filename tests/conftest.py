@@ -185,6 +185,13 @@ def change_card(folder: Path, change) -> None:
     write_card(folder, card)
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch) -> None:
+    """An empty folder for copies of indexes, and no proxy to this machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
 @pytest.fixture(scope="session")
 def wan_folder(tmp_path_factory):
     """A tiny random VAE of Wan's architecture, as diffusers saves it."""

@@ -206,3 +206,11 @@ def test_a_recipe_of_another_version_is_told_in_one_line(tmp_path, capsys):
     assert recipe_changes(path, whole) == []
     told = capsys.readouterr().err
     assert "written by another version (optimizer.clip: unknown setting)" in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("setting", ["data.train", "data.evaluation", "stages.0.data"])
+def test_a_recipe_with_an_address_that_is_not_read_names_the_setting(setting):
+    raw = {"data": {}, "stages": [{"name": "a"}]}
+    (raw["stages"][0] if "stages" in setting else raw["data"])[setting.rpartition(".")[2]] = "pipe:cat x"
+    with pytest.raises(ValueError, match=r"data.*: pipe: an address that runs a command is refused"):
+        config.from_dict(raw)

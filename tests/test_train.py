@@ -175,7 +175,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(plain_run, tmp_path, monkeypat
     (tmp_path / "file").write_text("mine")
     recipe = recipe_dict(plain_run.data, tmp_path / out)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    monkeypatch.setattr(train, "start_ranks", lambda: Ranks(0, 1, torch.device("cpu")))
+    monkeypatch.setattr(train, "start_ranks", lambda *_: Ranks(0, 1, torch.device("cpu")))
     monkeypatch.setattr(train, "check_same_settings", lambda **_: None)
     monkeypatch.setattr(train, "build_engine", lambda *_: pytest.fail("built"))
     assert train.main([str(tmp_path / "recipe.yaml")]) == 2
@@ -299,7 +299,7 @@ def train_on_a_node_of_its_own(recipe: dict, files: dict) -> str:
     if os.environ["RANK"] == "1":
         find, dataset = deepspeed_json.find_file, batches.LatentDataset
         deepspeed_json.find_file = lambda path: find(files.get(path, path))
-        batches.LatentDataset = lambda folder, model: dataset(files.get(str(folder), folder), model)
+        batches.LatentDataset = lambda folder, *rest: dataset(files.get(str(folder), folder), *rest)
     return error_of_training(recipe)
 
 

@@ -8,12 +8,12 @@ recipe. So they are the same with any number of replicas, and after any resume.
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
+from data_prep.places import Remote, no_such_folder, place_of
 from rf_train.config import Recipe, Stage
-from rf_train.data.latent_dataset import LatentDataset
+from rf_train.data.latent_dataset import Clip, LatentDataset
 from rf_train.data.mixture import MixedDataset
 from rf_train.diffusion.batch import Batch
 from rf_train.diffusion.randomness import LOSS_DRAWS, make_draws
@@ -28,7 +28,7 @@ def open_datasets(recipe: Recipe) -> Datasets:
     if "" in names:
         raise ValueError("data.train: no dataset folder is set")
     if recipe.evaluation.every:
-        if not Path(recipe.data.evaluation).is_dir():
+        if no_such_folder(place_of(recipe.data.evaluation)):
             raise ValueError(
                 f"data.evaluation: {recipe.data.evaluation}: no such folder; evaluation.every needs long held-out clips"
             )
@@ -38,7 +38,7 @@ def open_datasets(recipe: Recipe) -> Datasets:
     for name in dict.fromkeys(names):
         for folder in recipe.folders_of(name):
             if folder not in opened:
-                opened[folder] = LatentDataset(folder, recipe.model)
+                opened[folder] = LatentDataset(folder, recipe.model, recipe.data.patience)
         mixture, parts = recipe.mixture(name), [opened[folder] for folder in recipe.folders_of(name)]
         datasets[name] = MixedDataset(mixture, parts) if mixture else parts[0]
     first = next(iter(opened.values()))
@@ -58,6 +58,13 @@ def open_datasets(recipe: Recipe) -> Datasets:
     return datasets
 
 
+def longest_wait(recipe: Recipe) -> float:
+    """Seconds that a rank may wait for its clips: data.patience if a dataset is remote, else 0."""
+    names = [recipe.data.evaluation, *(recipe.dataset_of(stage) for stage in recipe.stages)]
+    addresses = [folder for name in names for folder in recipe.folders_of(name)]
+    return recipe.data.patience if any(isinstance(place_of(one), Remote) for one in addresses) else 0.0
+
+
 def micro_steps(stage: Stage, micro_batch: int, replicas: int) -> int:
     """Micro-steps in a step of `stage`. Raises ValueError when its batch doesn't split evenly."""
     if stage.batch % (micro_batch * replicas):
@@ -73,17 +80,20 @@ def step_batches(recipe: Recipe, datasets: Datasets, step: int, replica: int, re
     earlier = [span for span in recipe.stage_spans if span.end <= begin and recipe.dataset_of(span.stage) == folder]
     done = [(span.stage.steps, span.stage.batch) for span in earlier]
     places = datasets[folder].places(recipe.run.seed, done, step - begin, stage.batch)
-    size, batches = recipe.optimizer.micro_batch, []
-    for micro_step in range(micro_steps(stage, size, replicas)):
-        own = (micro_step * replicas + replica) * size
-        batches.append(_read_batch(recipe, stage, datasets[folder], step, places[own : own + size]))
-    return batches
+    size, dataset = recipe.optimizer.micro_batch, datasets[folder]
+    begins = [(micro * replicas + replica) * size for micro in range(micro_steps(stage, size, replicas))]
+    own: list = [place for begin in begins for place in places[begin : begin + size]]
+    clips = dataset.clips_at(recipe.run.seed, own, dataset.clip_frames(stage))
+    return [
+        _make_batch(recipe, stage, dataset, step, clips[begin : begin + size]) for begin in range(0, len(clips), size)
+    ]
 
 
-def _read_batch(recipe: Recipe, stage: Stage, dataset: LatentDataset | MixedDataset, step: int, places: list) -> Batch:
-    """The clips at `places` of the dataset's stream, with their random numbers of `step`."""
+def _make_batch(
+    recipe: Recipe, stage: Stage, dataset: LatentDataset | MixedDataset, step: int, clips: list[Clip]
+) -> Batch:
+    """A micro-batch of these clips, with their random numbers of `step`."""
     frames = dataset.clip_frames(stage)
-    clips = [dataset.clip_at(recipe.run.seed, place, frames) for place in places]
     ids = [clip.id for clip in clips]
     x = torch.stack([clip.latent for clip in clips])
     sizes = recipe.model.chunking.sizes(frames)
@@ -101,15 +111,18 @@ def steps(
     """Yields (step, its micro-batches) from step `first` to the recipe's end.
 
     `data.workers` threads read the next steps, one each, while this one is computed. The steps are the same for any
-    number of them.
+    number of them. Who stops early does not wait for the threads.
     """
     if not recipe.data.workers:
         for step in range(first, recipe.steps):
             yield step, step_batches(recipe, datasets, step, replica, replicas)
         return
-    with ThreadPoolExecutor(recipe.data.workers, "reader") as readers:
+    readers = ThreadPoolExecutor(recipe.data.workers, "reader")
+    try:
         ahead: deque[Future[list[Batch]]] = deque()
         for step in range(first, recipe.steps):
             while len(ahead) <= recipe.data.workers and step + len(ahead) < recipe.steps:
                 ahead.append(readers.submit(step_batches, recipe, datasets, step + len(ahead), replica, replicas))
             yield step, ahead.popleft().result()
+    finally:
+        readers.shutdown(wait=False, cancel_futures=True)

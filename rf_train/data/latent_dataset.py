@@ -8,9 +8,9 @@ Nothing is unpickled.
 
 import hashlib
 import threading
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +18,14 @@ from torch import Tensor
 
 from data_prep.card import check_sample, read_card
 from data_prep.index import SampleIndex
+from data_prep.places import Place, Remote, place_of
 from data_prep.shards import SampleError, read_sample
 from rf_train.config import Stage
 from rf_train.data.damage import Damage
 from rf_train.model.settings import ModelSettings
 
 TRIES = 100  # samples that are tried for one position
+READERS = 8  # samples of a remote dataset that are read at once
 
 
 class Clip(NamedTuple):
@@ -37,13 +39,13 @@ class Clip(NamedTuple):
 
 
 class LatentDataset:
-    """A dataset folder that `data_prep.encode` wrote, for a given model.
+    """A dataset that `data_prep.encode` wrote, in a folder or at an address, for a given model.
 
     Raises ValueError when its card doesn't fit the model; the message names every difference.
     """
 
-    def __init__(self, folder: str | Path, model: ModelSettings):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Place, model: ModelSettings, patience: float | None = None):
+        self.folder = place_of(folder, patience)
         card = read_card(self.folder)
         check_card(card, model, self.folder)
         latent = card["latent"]
@@ -113,6 +115,14 @@ class LatentDataset:
             return Clip(f"{name}>{used}" if bad else name, latent, text, meta, damage)
         raise ValueError(f"{bad[0][2]}; and so are the next {len(bad) - 1} samples. Look at {self.folder}")
 
+    def clips_at(self, seed: int, positions: Sequence[int], frames: int = 0) -> list[Clip]:
+        """The clips at these positions, in this order. Those of a remote dataset are read up to READERS at once."""
+        return read_all(lambda position: self.clip_at(seed, position, frames), positions, self.is_remote)
+
+    @property
+    def is_remote(self) -> bool:
+        return isinstance(self.folder, Remote)
+
     def clip_frames(self, stage: Stage) -> int:
         """Latent frames of a clip in `stage`. Raises ValueError when the dataset's clips are shorter."""
         return clip_frames(self.card, stage, self.folder)
@@ -141,6 +151,17 @@ class LatentDataset:
             return self._orders[seed, epoch]
 
 
+def read_all(read: Callable[[Any], Clip], places: Sequence, remote: bool) -> list[Clip]:
+    """`read` of each place, in this order; up to READERS at once if they are remote."""
+    if not remote or len(places) < 2:
+        return [read(place) for place in places]
+    pool = ThreadPoolExecutor(min(READERS, len(places)))
+    try:
+        return list(pool.map(read, places))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def to_float32(half: np.ndarray) -> Tensor:
     """A float16 array as a contiguous fp32 tensor of its own memory; PyTorch is three times as fast as numpy."""
     return torch.from_numpy(half).float().contiguous()
@@ -152,7 +173,7 @@ def random_stream(name: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
-def clip_frames(card: dict, stage: Stage, folder: str | Path) -> int:
+def clip_frames(card: dict, stage: Stage, folder: str | Place) -> int:
     """Latent frames of a clip of `stage` in a dataset. Raises ValueError when its clips are shorter."""
     stored = card["latent"]["frames"]
     if stage.frames > stored:
@@ -162,7 +183,7 @@ def clip_frames(card: dict, stage: Stage, folder: str | Path) -> int:
     return stage.frames or stored
 
 
-def check_card(card: dict, model: ModelSettings, folder: str | Path) -> None:
+def check_card(card: dict, model: ModelSettings, folder: str | Place) -> None:
     """Raises a ValueError that lists every way in which a dataset's card doesn't fit the model."""
     latent, text, wrong = card["latent"], card["text"], []
     if latent["channels"] != model.channels:

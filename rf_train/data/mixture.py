@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from rf_train.config import Mixture, Stage
-from rf_train.data.latent_dataset import Clip, LatentDataset, random_stream
+from rf_train.data.latent_dataset import Clip, LatentDataset, random_stream, read_all
 
 PERIOD = 1000
 
@@ -85,6 +85,11 @@ class MixedDataset:
         number, position = place
         clip = self.parts[number].clip_at(seed, position, frames)
         return clip._replace(id=f"{number}:{clip.id}")
+
+    def clips_at(self, seed: int, places: Sequence[tuple[int, int]], frames: int = 0) -> list[Clip]:
+        """The clips at these places, in this order; several are read at once if a dataset is remote."""
+        remote = any(part.is_remote for part in self.parts)
+        return read_all(lambda place: self.clip_at(seed, place, frames), places, remote)
 
 
 def shares(weights: Sequence[float]) -> list[int]:

@@ -52,10 +52,11 @@ def ranks_on_this_machine() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
 
 
-def start_ranks() -> Ranks:
+def start_ranks(patience: float = 0.0) -> Ranks:
     """Joins the ranks that the launcher started. Without a launcher, this process is the only rank.
 
-    Raises ValueError when there are GPUs, and none that this rank can use.
+    `patience`: seconds that a rank may wait for its data while its peers wait for it in a collective. Raises
+    ValueError when there are GPUs, and none that this rank can use.
     """
     if "RANK" not in os.environ:
         alone = {
@@ -85,7 +86,8 @@ def start_ranks() -> Ranks:
     if not on_gpu:
         __compatible_ops__["deepspeed_shm_comm"] = False  # else the first run compiles it for over a minute
     backend = "nccl" if on_gpu else "gloo"
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=30))
+    timeout = timedelta(minutes=30, seconds=patience)
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 

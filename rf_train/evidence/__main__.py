@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from data_prep.card import NotADataset, read_card
 from data_prep.command import run_command
 from data_prep.files import locked
 from rf_train import config
@@ -35,12 +36,13 @@ def runs_needed(plan: Plan, names: list[str], arms: list[str], seeds: int) -> li
 def check_data(plan: Plan, arm: Arm) -> None:
     """Raises ValueError when a dataset that an arm needs isn't there."""
     recipe = config.load(config.recipe_path(arm.recipe), arm.settings)
-    for folder in (
-        plan.evidence.clips.data,
-        *(folder for stage in recipe.stages for folder in recipe.folders_of(recipe.dataset_of(stage))),
-    ):
-        if not (Path(folder) / "dataset.json").is_file():
-            raise ValueError(f"{folder}: no dataset; `make evidence` draws and encodes all that the experiments need")
+    names = [recipe.dataset_of(stage) for stage in recipe.stages]
+    for folder in (plan.evidence.clips.data, *(folder for name in names for folder in recipe.folders_of(name))):
+        try:
+            read_card(folder)
+        except NotADataset:
+            needed = "`make evidence` draws and encodes all that the experiments need"
+            raise ValueError(f"{folder}: no dataset; {needed}") from None
 
 
 def run_arm(plan: Plan, arm: Arm, seed: int) -> None:

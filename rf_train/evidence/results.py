@@ -7,11 +7,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from data_prep.files import locked, write_atomic, write_json
+from data_prep.pages import COLOURS, new_figure
 from rf_train import config
 from rf_train.evaluation.statistics import mean_and_std
 from rf_train.evaluation.video_metrics import VIDEO_METRICS
 from rf_train.evidence.experiments import Arm, Experiment, Plan, what_is_trained
-from rf_train.report import COLOURS, new_figure
 from rf_train.run_log import read_rows
 
 SHOWN = ("shape_kept", "objects_kept", "speed", "goes_straight", "bounces", "sharpness", "frechet")

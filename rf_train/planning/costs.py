@@ -5,14 +5,15 @@ searches with them, and compares them with measurements. For memory see `rf_trai
 seconds.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.card import read_card
+from data_prep.card import NotADataset, read_card
 from data_prep.geometry import WAN_2_1
+from data_prep.places import place_of
 from rf_train.config import Recipe, Stage
 from rf_train.data.batches import micro_steps
 from rf_train.data.latent_dataset import check_card, clip_frames
@@ -105,10 +106,11 @@ def clip_of(recipe: Recipe, position: int, size: tuple[int, int]) -> Clip:
     """
     stage, model = recipe.stages[position], recipe.model
     folder = recipe.folders_of(recipe.dataset_of(stage))[0]
-    if folder and (Path(folder) / "dataset.json").is_file():
-        card = read_card(Path(folder))
-        check_card(card, model, folder)
-        return Clip(clip_frames(card, stage, folder), card["latent"]["height"], card["latent"]["width"])
+    if folder:
+        with contextlib.suppress(NotADataset):
+            card = read_card(place_of(folder, recipe.data.patience))
+            check_card(card, model, folder)
+            return Clip(clip_frames(card, stage, folder), card["latent"]["height"], card["latent"]["width"])
     if not stage.frames:
         missing = f"frames is 0, the dataset's, but there is no dataset at {folder or 'data.train'}"
         raise ValueError(f"stage {stage.name}: {missing}; set stages.{position}.frames to latent frames per clip")

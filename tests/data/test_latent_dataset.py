@@ -8,8 +8,10 @@ import pytest
 import torch
 import webdataset
 
+from data_prep.card import read_card
 from data_prep.index import write_index
 from data_prep.shards import Entry, SampleError, ShardWriter, npy_bytes
+from data_prep.stream import stream_samples
 from data_prep.verify import problems
 from rf_train.config import Stage
 from rf_train.data.latent_dataset import LatentDataset
@@ -80,6 +82,8 @@ def test_one_of_several_captions_is_drawn_by_seed_sample_and_epoch(tmp_path):
     folder = captioned(tmp_path / "d")
     assert not list(problems(folder))
     dataset = LatentDataset(folder, tiny_settings())
+    streamed = [len(sample.texts) for _, sample in stream_samples(folder, read_card(folder))]
+    assert streamed == [1 + index % 4 for index in range(12)]
     clips = {position: dataset.clip_at(0, position) for position in range(12 * 100)}
     drawn = {index: [] for index in range(12)}
     for clip in clips.values():

@@ -41,7 +41,7 @@ def test_round_trip(tmp_path):
         path = tmp_path / "data" / record["file"]
         data = path.read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (record["bytes"], record["sha256"])
-        for entry in map(Entry._make, record["index"]):
+        for entry in (Entry(*row) for row in record["index"]):
             latent, (text,), meta = shards.read_sample(path, entry)
             expected = sample(n)
             assert entry.key == f"{n:06d}_0007" and meta == {**expected[2], "key": entry.key}
