@@ -133,14 +133,18 @@ def validate_card(card: object, where: str | Place) -> None:
 
 def check_sample(card: dict, where: str, sample: Sample) -> None:
     """Raises SampleError that names `where` unless a sample fits the card: shapes, dtypes, finite values, codec."""
-    latent, text, sizes, words = sample.latent, sample.text, card["latent"], card["text"]
+    latent, sizes, words = sample.latent, card["latent"], card["text"]
     shape = (sizes["channels"], sizes["frames"], sizes["height"], sizes["width"])
     if latent.shape != shape or latent.dtype != np.float16:
         raise SampleError(where, "malformed", f"latent {latent.dtype} {latent.shape}, the card says float16 {shape}")
-    fits = text.ndim == 2 and 1 <= len(text) <= words["max_tokens"] and text.shape[1] == words["dim"]
-    if not fits or text.dtype != np.float16:
-        raise SampleError(where, "malformed", f"text {text.dtype} {text.shape} does not fit the card")
-    for name, values in (("latent", latent), ("text", text)):
+    for text in sample.texts:
+        fits = text.ndim == 2 and 1 <= len(text) <= words["max_tokens"] and text.shape[1] == words["dim"]
+        if not fits or text.dtype != np.float16:
+            raise SampleError(where, "malformed", f"text {text.dtype} {text.shape} does not fit the card")
+    captions = sample.meta.get("captions", [""])
+    if not isinstance(captions, list) or len(captions) != len(sample.texts):
+        raise SampleError(where, "malformed", f"its JSON has not one caption for each of {len(sample.texts)} texts")
+    for name, values in (("latent", latent), *(("text", text) for text in sample.texts)):
         if not is_finite(values):
             raise SampleError(where, "not finite", f"{int((~np.isfinite(values)).sum())} values of its {name}")
     if sample.meta.get("codec") not in (None, card["codec"]["hash"]):

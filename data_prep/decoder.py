@@ -30,6 +30,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from data_prep.tars import Region
 from data_prep.video import VideoError, declared_seconds, read_frames
 
 STARTS = 3  # so many workers may fail to start in a row
@@ -54,13 +55,21 @@ class Span:
     clips: int | None = None  # at most so many clips, then the video is left alone; None: all
     skip: int = 0  # clips that are decoded and left out, before all others
     place: float | None = None  # begin at this share of the room between start and end, see `DecodedVideo.room`
+    stride: int | None = None  # a clip begins every so many frames; None: where the one before ends
+    region: tuple[int, int] | None = None  # (offset, size) of the video in the file; None: it is the whole file
 
     def __post_init__(self) -> None:
         if not (self.fps > 0 and self.start >= 0 and (self.end is None or self.start < self.end)):
             detail = f"fps {self.fps}, start {self.start} and end {self.end}"
             raise ValueError(f"{self.path}: {detail}: need fps > 0 and 0 <= start < end")
-        if self.frames < 1 or (self.clips is not None and self.clips < 1):
-            raise ValueError(f"{self.path}: frames {self.frames} and clips {self.clips} must be at least 1")
+        if any(count is not None and count < 1 for count in (self.frames, self.clips, self.stride)):
+            detail = f"frames {self.frames}, clips {self.clips} and stride {self.stride}"
+            raise ValueError(f"{self.path}: {detail} must be at least 1")
+
+    @property
+    def video(self) -> Path | Region:
+        """What `read_frames` reads."""
+        return Region(self.path, *self.region) if self.region else self.path
 
 
 @dataclass(frozen=True)
@@ -519,40 +528,46 @@ def room_of(span: Span) -> float:
     """Seconds in which a clip of the span can begin. 0 if nobody asks for a `place`, or the length is not known."""
     if span.place is None:
         return 0.0
-    end = span.end or declared_seconds(span.path) or 0.0
+    end = span.end or declared_seconds(span.video) or 0.0
     return max(0.0, end - span.start - span.frames / span.fps)
 
 
 def decode(span: Span, send: Callable[..., None], memory_gib: float) -> tuple[Problem | None, int]:
     """Sends every whole clip; of those that are left out, only that they are made. Returns problem and frames left."""
-    clips = filled = 0
+    clips = filled = after = 0  # filled: frames of the next clip, below 0 before it begins; after: those after a clip
+    stride = span.stride or span.frames
     too_large = Problem("too large", f"needs more than {memory_gib:g} GiB of memory")
     try:
         clip = np.empty((span.frames, *span.size, 3), np.uint8)
-        frames: Any = read_frames(span.path, span.fps, span.size, span.start, span.end)
+        frames: Any = read_frames(span.video, span.fps, span.size, span.start, span.end)
         with contextlib.closing(frames):
             for frame in frames:
-                clip[filled] = frame
-                filled += 1
+                if filled >= 0:
+                    clip[filled] = frame
+                elif filled % span.frames == 0:
+                    send({"clip": False})  # a sign of life in a long gap
+                filled, after = filled + 1, after + 1
                 if filled == span.frames:
-                    clips, filled = clips + 1, 0
+                    clips, filled, after = clips + 1, span.frames - stride, 0
                     if clips > span.skip:
                         send({"clip": True}, clip.data.cast("B"))
                     else:
                         send({"clip": False})
                     if span.clips is not None and clips == span.skip + span.clips:
                         return None, 0
+                    for n in range(filled):  # the next clip begins with these
+                        clip[n] = clip[n + stride]
     except VideoError as error:
         if error.detail.startswith(os.strerror(errno.ENOMEM)):
-            return too_large, filled
-        return Problem(error.reason, error.detail), filled
+            return too_large, after
+        return Problem(error.reason, error.detail), after
     except MemoryError:
-        return too_large, filled
+        return too_large, after
     except OSError as error:
-        return Problem("unreadable", error.strerror or _one_line(error)), filled
+        return Problem("unreadable", error.strerror or _one_line(error)), after
     except Exception as error:
-        return Problem("undecodable", _one_line(error)), filled
-    return (None if clips else Problem("too short", f"{filled} of {span.frames} frames")), filled
+        return Problem("undecodable", _one_line(error)), after
+    return (None if clips else Problem("too short", f"{after} of {span.frames} frames")), after
 
 
 def main() -> None:

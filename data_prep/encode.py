@@ -2,10 +2,11 @@
 
     python -m data_prep.encode SRC OUT --fps 16 --size 480x832 --frames 81 --codec default --text default --job 0/1
 
-SRC is a folder of videos with .txt captions beside them, searched recursively. Or it is a manifest, JSONL or CSV, with
-`video`, `caption` and, optionally, `start` and `end` in seconds; its paths are relative to the manifest. Every video is
-cut into consecutive clips of exactly `--frames` frames. Videos that cannot be used are skipped, and listed in
-failures.jsonl.
+SRC is a folder of videos with .txt captions beside them, searched recursively. Or it is a manifest, JSONL, CSV or
+Parquet, with `video`, `caption` and, optionally, `captions`, `start` and `end` in seconds; its paths are relative to
+it. Or it is webdataset shards of videos: a folder of .tar files, one .tar, or a pattern such as `clips/{000..010}.tar`.
+Every video is cut into clips of exactly `--frames` frames, one behind the other or every `--stride` frames. Videos
+that cannot be used are skipped, and listed in failures.jsonl.
 
 Any number of jobs can share the work: each makes the parts `i, i + n, ...` of `work.py`. Any of them can be killed, and
 started again. The one that finds all parts done writes the index and the card.
@@ -21,7 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,7 @@ class EncodeSettings:
     samples_per_shard: int = 256
     videos_per_part: int = 64
     precision: str = "auto"  # of the Wan VAE: auto, bf16 or fp32
+    stride: int = 0  # a clip begins every so many frames; 0: every `frames`
 
     # These don't change the dataset.
     device: str = "cpu"
@@ -81,11 +83,18 @@ class EncodeSettings:
         geometry.latent_shape(self.frames, *self.size)
         if not 0 < self.fps <= 1000:
             raise ValueError(f"fps {self.fps}: must be above 0")
+        if self.stride < 0:
+            raise ValueError(f"stride {self.stride}: must be at least 1, or 0 for one clip after another")
         for name in ("samples_per_shard", "videos_per_part", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', ' ')} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.max_failures <= 1:
             raise ValueError(f"max failures {self.max_failures}: a share, from 0 to 1")
+
+    @property
+    def clip_stride(self) -> int:
+        """Frames from the begin of a clip to that of the next."""
+        return self.stride or self.frames
 
     @property
     def whole_fps(self) -> float:
@@ -99,6 +108,7 @@ class EncodeSettings:
             "height": self.size[0],
             "width": self.size[1],
             "frames": self.frames,
+            **({"stride": self.stride} if self.clip_stride != self.frames else {}),
             "codec": f"{codec.name} {codec.hash} {codec.settings.get('dtype', 'float32')}"
             if codec
             else "default, fitted",
@@ -233,10 +243,10 @@ def encode_video(
     """Encodes and writes the whole clips of a video. `video` begins behind its first `clips` clips."""
     problem: Problem | None = Problem("unreadable", row.problem)
     if video is not None:
-        embedding, problem = text.encode([row.caption])[0], None
+        texts, problem = [text.encode([caption])[0] for caption in row.captions or [row.caption]], None
         for clip in video:
             try:
-                writer.add(row, clips, codec.encode(clip), embedding, clip_meta(row, clips, codec, settings))
+                writer.add(row, clips, codec.encode(clip), texts, clip_meta(row, clips, codec, settings))
             except ValueError as error:
                 problem = Problem("not finite", str(error))
                 break
@@ -259,15 +269,17 @@ def failure_of(row: Row, problem: Problem, clips: int) -> dict:
 
 def span_of(row: Row, settings: EncodeSettings, skip: int) -> Span:
     """What to decode of a video: all whole clips but the first `skip`."""
-    return Span(row.path, settings.fps, settings.size, settings.frames, row.start, row.end, skip=skip)
+    size, frames, stride = settings.size, settings.frames, settings.clip_stride
+    return Span(row.path, settings.fps, size, frames, row.start, row.end, skip=skip, stride=stride, region=row.region)
 
 
 def clip_meta(row: Row, number: int, codec: Codec, settings: EncodeSettings) -> dict:
     """The JSON of clip `number` of a video."""
     fps, frames = settings.whole_fps, settings.frames
-    start = row.start + number * frames / fps
+    start = row.start + number * settings.clip_stride / fps
     return {
         "caption": row.caption,
+        **({"captions": list(row.captions)} if row.captions else {}),
         "source": row.source,
         "start": start,
         "end": start + frames / fps,
@@ -380,7 +392,7 @@ def fitting_clips(
             if found == FIT_CLIPS:
                 break
             for place in (rng.random(), 0.0):  # the video may end early
-                span = Span(row.path, settings.fps, settings.size, length, row.start, row.end, clips=1, place=place)
+                span = replace(span_of(row, settings, 0), frames=length, clips=1, place=place)
                 videos = decoders.videos([span])
                 video = next(videos)
                 clip = next(video, None)
@@ -400,11 +412,14 @@ def fitting_clips(
 def main(arguments: list[str] | None = None) -> int:
     description = "Makes a dataset of latents and text embeddings from videos."
     parser = argparse.ArgumentParser(prog="data_prep.encode", description=description)
-    parser.add_argument("src", help="folder of videos with .txt captions, or a .jsonl or .csv manifest")
+    parser.add_argument(
+        "src", help="folder of videos with .txt captions, manifest (.jsonl, .csv, .parquet), or .tar files"
+    )
     parser.add_argument("out", help="folder to write the dataset to")
     parser.add_argument("--fps", type=float, default=16)
     parser.add_argument("--size", default="480x832", help="HEIGHTxWIDTH, multiples of 16 (default 480x832)")
     parser.add_argument("--frames", type=int, default=81, help="frames per clip, 1 + 4k (default 81)")
+    parser.add_argument("--stride", type=int, default=0, help="a clip begins every so many frames (default: --frames)")
     parser.add_argument("--codec", default="default", help="default, default:FOLDER or wan:FOLDER")
     parser.add_argument("--text", default="default", help="default or umt5:FOLDER")
     parser.add_argument("--samples-per-shard", type=int, default=256, help="at most (default 256)")
@@ -436,6 +451,7 @@ def encode_as_asked(options: argparse.Namespace) -> None:
         options.samples_per_shard,
         options.videos_per_part,
         options.precision,
+        options.stride,
         device,
         options.workers,
         options.max_failures,

@@ -3,10 +3,11 @@
     shard-000000-0000.tar     KEY.json        caption, source, start, end, fps, height, width, frames, codec, key
                               KEY.latent.npy  float16 [C, T, H, W], normalised
                               KEY.text.npy    float16 [L, D], L the caption's number of tokens, not padded
+                              KEY.text.N.npy  the same for further caption N = 1, 2, ..., if there are any
     shard-000000-0000.json    the record: size, hash, and the place and CRC-32 of every sample
 
 KEY is `{video:06d}_{clip:04d}`. Shards depend on their samples alone and hold no times or owners, so the same input
-gives the same bytes. A sample's three members lie side by side: one read gets them, and one CRC-32 covers them.
+gives the same bytes. A sample's members lie side by side: one read gets them, and one CRC-32 covers them.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import math
 import os
 import tarfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +29,7 @@ from data_prep.files import sync, temporary_beside
 from data_prep.places import Place, Remote, place_of, read_range
 
 HEADER_BYTES = 4096  # no header of an array is longer
-MEMBERS = ("json", "latent.npy", "text.npy")  # in the order of the file
+MEMBERS = ("json", "latent.npy", "text.npy")  # of a sample with one caption, in the order of the file
 
 
 class Entry(NamedTuple):
@@ -55,11 +57,16 @@ class Entry(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One sample: latent float16 [C, T, H, W], text float16 [L, D], and its JSON."""
+    """One sample: latent float16 [C, T, H, W], text float16 [L, D] of each of its captions, and its JSON."""
 
     latent: np.ndarray
-    text: np.ndarray
+    texts: list[np.ndarray]
     meta: dict
+
+    @property
+    def text(self) -> np.ndarray:
+        """The text of the first caption."""
+        return self.texts[0]
 
 
 class SampleError(ValueError):
@@ -88,6 +95,11 @@ def span_of(sample: Sample) -> str:
 def sample_key(video: int, clip: int) -> str:
     """The name of a sample: of clip `clip` of video `video`, both counted from 0."""
     return f"{video:06d}_{clip:04d}"
+
+
+def text_members(count: int) -> list[str]:
+    """The names of the texts of `count` captions, first caption first."""
+    return [f"text.{number}.npy" if number else "text.npy" for number in range(count)]
 
 
 def to_float16(array: np.ndarray, what: str) -> np.ndarray:
@@ -144,20 +156,31 @@ class ShardWriter:
         self._file = open(self._temporary, "w+b")  # noqa: SIM115
         self._tar = webdataset.TarWriter(self._file, user="", group="", mode=0o644, mtime=0, encoder=False)
 
-    def add(self, video: int, clip: int, latent: np.ndarray, text: np.ndarray, meta: dict) -> None:
-        """Appends one sample: latent [C, T, H, W] and text [L >= 1, D], both stored as float16.
+    def add(
+        self,
+        video: int,
+        clip: int,
+        latent: np.ndarray,
+        text: np.ndarray,
+        meta: dict,
+        more_texts: Sequence[np.ndarray] = (),
+    ) -> None:
+        """Appends one sample: latent [C, T, H, W] and text [L >= 1, D], stored as float16.
 
-        `meta` is the JSON member; "key" is added to it. Raises ValueError for wrong shapes, or values that are not
-        finite in float16; then nothing is appended.
+        `more_texts` are those of further captions, `meta` is the JSON member; "key" is added to it. Raises ValueError
+        for wrong shapes, or values that are not finite in float16; then nothing is appended.
         """
         key = sample_key(video, clip)
         latent = to_float16(latent, f"sample {key}: latent")
-        text = to_float16(text, f"sample {key}: text")
-        if latent.ndim != 4 or text.ndim != 2 or len(text) < 1:
-            expected = "expected [C, T, H, W] and [L >= 1, D]"
-            raise ValueError(f"sample {key}: latent {latent.shape} and text {text.shape}, {expected}")
+        texts = [to_float16(one, f"sample {key}: text") for one in (text, *more_texts)]
+        for one in texts:
+            if latent.ndim != 4 or one.ndim != 2 or len(one) < 1:
+                expected = "expected [C, T, H, W] and [L >= 1, D]"
+                raise ValueError(f"sample {key}: latent {latent.shape} and text {one.shape}, {expected}")
         json_bytes = json.dumps({**meta, "key": key}, sort_keys=True, ensure_ascii=False).encode()
-        self._tar.write({"__key__": key, **dict(zip(MEMBERS, (json_bytes, npy_bytes(latent), npy_bytes(text))))})
+        parts = {"json": json_bytes, "latent.npy": npy_bytes(latent)}
+        parts |= zip(text_members(len(texts)), map(npy_bytes, texts))
+        self._tar.write({"__key__": key, **parts})  # it sorts them by name
         self._spans.append((video, clip))
         self._ends.append(self._tar.tarstream.offset)
 
@@ -229,12 +252,15 @@ def parse_sample(data: bytearray, entry: Entry, where: str) -> Sample:
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             members = [(info.name, info.offset_data, info.size) for info in tar]
-        if [name for name, _, _ in members] != [f"{entry.stored_key}.{member}" for member in MEMBERS]:
+        texts, key = text_members(max(1, len(members) - 2)), entry.stored_key
+        if [name for name, _, _ in members] != [f"{key}.{name}" for name in sorted([*MEMBERS[:2], *texts])]:
             raise ValueError(f"it holds {', '.join(name for name, _, _ in members) or 'nothing'}")
-        parts = [memoryview(data)[offset : offset + size] for _, offset, size in members]
-        meta = json.loads(bytes(parts[0]))
+        parts = {name[len(key) + 1 :]: memoryview(data)[at : at + size] for name, at, size in members}
+        meta = json.loads(bytes(parts["json"]))
         if not isinstance(meta, dict):
             raise ValueError("its JSON is not an object")
-        return Sample(npy_array(parts[1], "latent"), npy_array(parts[2], "text"), meta)
+        return Sample(
+            npy_array(parts["latent.npy"], "latent"), [npy_array(parts[name], "text") for name in texts], meta
+        )
     except (ValueError, tarfile.TarError, RecursionError) as error:
         raise SampleError(where, "malformed", str(error)) from None

@@ -9,14 +9,14 @@ from urllib.parse import urlparse
 import webdataset
 
 from data_prep.card import check_sample
-from data_prep.shards import MEMBERS, Sample, SampleError, npy_array
+from data_prep.shards import Sample, SampleError, npy_array, text_members
 
 
 def stream_samples(folder: str | Path, card: dict) -> Iterator[tuple[str, Sample]]:
     """Yields (key in its shard, sample), in the order of the card's shards. Shapes and values fit the card.
 
     Shards are read once, from begin to end. Nothing is unpickled: webdataset's own `decode()` would do so with members
-    of other names, and here only the three of a sample are looked at. Hashes are not checked.
+    of other names, and here only those of a sample are looked at. Hashes are not checked.
 
     Raises SampleError for a shard that is missing or broken, and for the first sample that does not fit the card.
     """
@@ -48,11 +48,12 @@ def stream_samples(folder: str | Path, card: dict) -> Iterator[tuple[str, Sample
 def _sample(members: dict, where: str) -> Sample:
     """A sample from the bytes of its members, by name. Raises SampleError."""
     try:
-        meta, latent, text = (members[name] for name in MEMBERS)
+        meta, latent = members["json"], members["latent.npy"]
+        texts = [members[name] for name in text_members(len(members)) if name in members or name == "text.npy"]
         found = json.loads(meta)
         if not isinstance(found, dict):
             raise ValueError("its JSON is not an object")
-        return Sample(npy_array(latent, "latent"), npy_array(text, "text"), found)
+        return Sample(npy_array(latent, "latent"), [npy_array(text, "text") for text in texts], found)
     except KeyError as error:
         raise SampleError(where, "malformed", f"no member {error}") from None
     except (ValueError, RecursionError) as error:

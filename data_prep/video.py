@@ -18,6 +18,8 @@ from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
 from PIL import Image
 
+from data_prep.tars import Region
+
 # Containers whose header declares a duration. A file that ends earlier is cut short.
 _DECLARES_DURATION = {"mov", "mp4", "matroska", "webm", "avi", "flv"}
 # Timestamps are rounded to the container's tick (1 ms in Matroska). A frame that is late by no more counts as in time.
@@ -34,7 +36,7 @@ class VideoError(ValueError):
     reason: "missing", "not a video", "no video stream", "undecodable" or "truncated"
     """
 
-    def __init__(self, path: str | Path, reason: str, detail: str = ""):
+    def __init__(self, path: str | Path | Region, reason: str, detail: str = ""):
         self.reason = reason
         self.detail = detail
         super().__init__(f"{path}: {reason}{f' ({detail})' if detail else ''}")
@@ -47,21 +49,25 @@ def best_stream(container: Any) -> Any:
     return max(streams, key=lambda s: s.codec_context.width * s.codec_context.height, default=None)
 
 
-def _open(path: str | Path) -> Any:
+def _open(video: str | Path | Region) -> Any:
     """Opens a container. Raises VideoError if the file is missing or not a video."""
+    path = video.path if isinstance(video, Region) else video
     if not os.path.isfile(path):
-        raise VideoError(path, "missing")
+        raise VideoError(video, "missing")
     try:
         # An absolute path can't be taken for a protocol, and the whitelist keeps playlists off the network.
-        return av.open(os.path.abspath(path), options={"protocol_whitelist": "file"}, metadata_errors="replace")
+        # A region is opened here: then FFmpeg opens nothing at all.
+        source: Any = video.open() if isinstance(video, Region) else os.path.abspath(path)
+        options = {"protocol_whitelist": "none" if isinstance(video, Region) else "file"}
+        return av.open(source, options=options, metadata_errors="replace")
     except (av.FFmpegError, ValueError) as error:
-        with open(path, "rb") as file:
+        with video.open() if isinstance(video, Region) else open(path, "rb") as file:
             if file.read(8)[4:] == b"ftyp":
-                raise VideoError(path, "truncated", "an mp4 or mov without its index") from None
-        raise VideoError(path, "not a video", _reason(error)) from None
+                raise VideoError(video, "truncated", "an mp4 or mov without its index") from None
+        raise VideoError(video, "not a video", _reason(error)) from None
 
 
-def declared_seconds(path: str | Path) -> float | None:
+def declared_seconds(path: str | Path | Region) -> float | None:
     """The length in seconds that a video's header declares, only a hint; None if it declares none."""
     try:
         with _open(path) as container:
@@ -74,7 +80,7 @@ def declared_seconds(path: str | Path) -> float | None:
 
 
 def read_frames(
-    path: str | Path,
+    path: str | Path | Region,
     fps: float | Fraction,
     size: tuple[int, int] | None = None,
     start: float = 0,
@@ -113,7 +119,7 @@ def read_frames(
 class _Decoder:
     """Decodes a video stream, frame by frame, on the file's own clock in seconds."""
 
-    def __init__(self, path: str | Path, container: Any, stream: Any):
+    def __init__(self, path: str | Path | Region, container: Any, stream: Any):
         self.path, self.container, self.stream = path, container, stream
         rate = stream.average_rate or stream.guessed_rate
         self.usual_duration = 1 / Fraction(rate) if rate else Fraction(1, 25)
@@ -208,7 +214,7 @@ class _Decoder:
         return Fraction(0)
 
 
-def _shown_from(path: str | Path, container: Any, stream: Any, start: Fraction) -> Iterator[_Shown]:
+def _shown_from(path: str | Path | Region, container: Any, stream: Any, start: Fraction) -> Iterator[_Shown]:
     """As `_Decoder.shown`, but times count from the first frame, and frames that end before `start` may be left out.
 
     It seeks to `start` if the file allows it.
@@ -241,7 +247,7 @@ def _from_first_frame(frames: Iterator[_Shown]) -> Iterator[_Shown]:
         yield time - origin, until - origin, frame
 
 
-def _video_stream(path: str | Path, container: Any) -> Any:
+def _video_stream(path: str | Path | Region, container: Any) -> Any:
     """The stream to read. Raises VideoError without one."""
     stream = best_stream(container)
     if stream is None:

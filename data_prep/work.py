@@ -117,11 +117,11 @@ class PartWriter:
         if self._shard is not None:
             self._shard.abandon()
 
-    def add(self, row: Row, clip: int, latent: np.ndarray, text: np.ndarray, meta: dict) -> None:
+    def add(self, row: Row, clip: int, latent: np.ndarray, texts: list[np.ndarray], meta: dict) -> None:
         """Appends clip number `clip` of a video. Raises ValueError for values that are not finite in float16."""
         if self._shard is None:
             self._shard = ShardWriter(self._work.shard(self._part, self._number))
-        self._shard.add(row.index, clip, latent, text, meta)
+        self._shard.add(row.index, clip, latent, texts[0], meta, texts[1:])
         if len(self._shard) == self._limit:
             self._finish_shard([row.index, clip + 1])
 

@@ -67,16 +67,21 @@ class LatentDataset:
         """What must be the same on every rank: the number of samples, and the card's hash."""
         return {"samples": len(self), "card": self.card["hash"][:16]}
 
-    def read(self, index: int, frames: int = 0) -> tuple[Tensor, Tensor, dict]:
+    def read(self, index: int, frames: int = 0, draw: str = "") -> tuple[Tensor, Tensor, dict]:
         """Sample `index`: latent fp32 [C, F, H, W], text fp32 [L, D], and its JSON.
 
-        `frames` cuts the latent to its first frames; 0 = all. Raises SampleError, a ValueError, when the sample is not
-        as it was written, or does not fit the card.
+        `frames` cuts the latent to its first frames; 0 = all. Of several captions it takes the first one, or draws one
+        from the random stream of the name `draw`; then "caption" of the JSON is that one. Raises SampleError, a
+        ValueError, when the sample is not as it was written, or does not fit the card.
         """
         file, entry = self.index[index]
         sample = read_sample(self.folder / file, entry)
         check_sample(self.card, f"{self.folder / file}: {entry.key}", sample)
-        return to_float32(sample.latent[:, : frames or None]), to_float32(sample.text), sample.meta
+        text, meta = sample.text, sample.meta
+        if draw and len(sample.texts) > 1:
+            number = int(random_stream(draw).integers(len(sample.texts)))
+            text, meta = sample.texts[number], {**meta, "caption": meta["captions"][number]}
+        return to_float32(sample.latent[:, : frames or None]), to_float32(text), meta
 
     def places(self, seed: int, done: Sequence[tuple[int, int]], step: int, batch: int) -> list[int]:
         """The positions of a step's clips in the stream of `samples_at`.
@@ -90,7 +95,8 @@ class LatentDataset:
         """The clip at a position of the endless stream of `samples_at`.
 
         A sample that can't be read as it was written is replaced by the next one of the epoch's order that can. So the
-        clip depends on the position and the data alone, and ranks stay in step. Raises ValueError after TRIES samples.
+        clip depends on the position and the data alone, and ranks stay in step. Of several captions, one is drawn for
+        the position, by (seed, id). Raises ValueError after TRIES samples.
         """
         epoch, place = divmod(position, len(self))
         order = self._epoch_order(seed, epoch)
@@ -98,7 +104,7 @@ class LatentDataset:
         for step in range(min(TRIES, len(self))):
             index = int(order[(place + step) % len(self)])
             try:
-                latent, text, meta = self.read(index, frames)
+                latent, text, meta = self.read(index, frames, f"{seed}\0caption\0{name}")
             except SampleError as error:
                 bad.append((self.index[index][0], self.key(index), error))
                 continue

@@ -8,8 +8,10 @@ import pytest
 import torch
 import webdataset
 
+from data_prep.card import read_card
 from data_prep.index import write_index
 from data_prep.shards import Entry, SampleError, ShardWriter, npy_bytes
+from data_prep.stream import stream_samples
 from data_prep.verify import problems
 from rf_train.config import Stage
 from rf_train.data.latent_dataset import LatentDataset
@@ -57,6 +59,60 @@ def test_plain_webdataset_reads_the_shards(tmp_path):
     latent, text, meta = dataset.read(3)
     assert torch.equal(torch.from_numpy(found[3]["latent.npy"]).float(), latent) and found[3]["json"] == meta
     assert torch.equal(torch.from_numpy(found[3]["text.npy"]).float(), text)
+
+
+def captioned(folder):
+    """A dataset of 12 samples of 1 to 4 captions: texts of caption c are full of c."""
+    write_dataset(folder)
+    records = []
+    for part, begin in enumerate(range(0, 12, 5)):
+        writer = ShardWriter(folder / f"shard-{part:06d}-0000.tar")
+        for index in range(begin, min(begin + 5, 12)):
+            captions = [str(number) for number in range(1 + index % 4)]
+            texts = [np.full((1 + int(caption), 12), int(caption)) for caption in captions]
+            more = {"captions": captions} if len(captions) > 1 else {}
+            writer.add(index, 0, np.zeros((4, 9, 4, 6)), texts[0], {"caption": "0", **more}, texts[1:])
+        records.append(writer.finish())
+    shards = [{key: record[key] for key in ("file", "samples", "bytes", "sha256")} for record in records]
+    change_card(folder, lambda card: card.update(index=write_index(folder, records), shards=shards))
+    return folder
+
+
+def test_one_of_several_captions_is_drawn_by_seed_sample_and_epoch(tmp_path):
+    folder = captioned(tmp_path / "d")
+    assert not list(problems(folder))
+    dataset = LatentDataset(folder, tiny_settings())
+    streamed = [len(sample.texts) for _, sample in stream_samples(folder, read_card(folder))]
+    assert streamed == [1 + index % 4 for index in range(12)]
+    clips = {position: dataset.clip_at(0, position) for position in range(12 * 100)}
+    drawn = {index: [] for index in range(12)}
+    for clip in clips.values():
+        number = int(clip.text[0, 0])
+        assert clip.meta["caption"] == str(number) and clip.text.shape == (1 + number, 12)
+        drawn[int(clip.id[:6])].append(number)
+    for index, numbers in drawn.items():
+        counts = np.bincount(numbers, minlength=1 + index % 4)
+        assert len(counts) == 1 + index % 4 and counts.min() > 60 / len(counts)
+    fresh = LatentDataset(folder, tiny_settings())
+    for position in (700, 3, 1100):  # in any order, on any rank
+        assert torch.equal(fresh.clip_at(0, position).text, clips[position].text)
+    other = [int(fresh.clip_at(1, position).text[0, 0]) for position in range(100)]
+    assert other != [int(clips[position].text[0, 0]) for position in range(100)]
+    assert all(fresh.read(index)[1][0, 0] == 0 and fresh.read(index)[2]["caption"] == "0" for index in range(12))
+
+
+def test_captions_that_are_not_as_many_as_texts_are_damage(tmp_path):
+    folder = write_dataset(tmp_path / "d", 2)
+    writer = ShardWriter(folder / "shard-000000-0000.tar")
+    latent, text = np.zeros((4, 9, 4, 6)), np.zeros((1, 12))
+    writer.add(0, 0, latent, text, {"caption": "a", "captions": ["a", "b", "c"]}, [text])
+    writer.add(1, 0, latent, text, {"caption": "a", "captions": "ab"}, [text])
+    record = writer.finish()
+    change_card(folder, lambda card: card.update(index=write_index(folder, [record])))
+    dataset = LatentDataset(folder, tiny_settings())
+    for index in range(2):
+        with pytest.raises(SampleError, match="not one caption for each of 2 texts"):
+            dataset.read(index)
 
 
 def test_the_summary_changes_with_the_data(tmp_path):

@@ -113,6 +113,27 @@ def test_the_clips_are_those_of_read_frames_in_order(videos, workers, ahead):
     assert count == len(spans)
 
 
+@pytest.mark.parametrize("stride", [1, 3, 5, 7, 40])
+@pytest.mark.parametrize("skip", [0, 2])
+def test_clips_begin_every_stride_frames(videos, stride, skip):
+    frames = np.stack(list(read_frames(videos[3], 25, (32, 48))))  # 33
+    starts = range(0, len(frames) - FRAMES + 1, stride)
+    with Decoders(1) as decoders:
+        (found,) = [(list(video), video) for video in decoders.videos([span(videos[3], stride=stride, skip=skip)])]
+        assert same(found[0], [frames[n : n + FRAMES] for n in starts][skip:])
+        assert found[1].left == len(frames) - starts[-1] - FRAMES and found[1].problem is None
+        (limited,) = [list(video) for video in decoders.videos([span(videos[3], stride=stride, clips=1)])]
+        assert same(limited, [frames[:FRAMES]])
+
+
+def test_a_long_gap_is_no_hang(videos):
+    """The worker gives a sign of life every few frames."""
+    told = []
+    given = span(videos[0], stride=1000)
+    assert decoder.decode(given, lambda message, data=None: told.append(message["clip"]), 8.0) == (None, 35)
+    assert told == [True] + [False] * 7
+
+
 def test_a_worker_works_ahead_but_not_far(videos):
     spans = [span(videos[0], size=SIZE) for _ in range(20)]
     with Decoders(1, ahead=3) as decoders:

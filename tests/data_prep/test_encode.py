@@ -95,7 +95,7 @@ def test_a_folder_becomes_a_dataset(videos, tmp_path, capsys):
         card["latent"]["mean"],
         card["latent"]["std"],
     )
-    latent, embedding, meta = found["000001_0001"]
+    latent, (embedding,), meta = found["000001_0001"]
     assert meta == {
         "caption": "a red thing",
         "source": "b.mp4",
@@ -112,6 +112,55 @@ def test_a_folder_becomes_a_dataset(videos, tmp_path, capsys):
     assert np.array_equal(latent, codec.encode(clip).astype(np.float16))
     assert np.array_equal(embedding, text.encode(["a red thing"])[0].astype(np.float16))
     assert found["000002_0000"][2]["source"] == "more/c.mp4"
+
+
+def test_a_stride_makes_clips_overlap_or_leaves_gaps(videos, tmp_path, capsys):
+    whole, out = tmp_path / "whole", tmp_path / "data"
+    assert run(videos, whole, "--stride", "5") == 0
+    assert "stride" not in read_card(whole)["source"]["settings"]
+    for stride, starts, left in ((3, [[0, 3, 6, 9, 12, 15], [0, 3, 6], [0]], 0 + 1 + 2), (8, [[0, 8], [0], [0]], 16)):
+        assert run(videos, out, "--stride", str(stride)) == 0
+        assert verify(out) == sum(map(len, starts))
+        found, card = samples(out), read_card(out)
+        wanted = {f"{row:06d}_{n:04d}": at / 16 for row, own in enumerate(starts) for n, at in enumerate(own)}
+        assert {key: sample.meta["start"] for key, sample in found.items()} == wanted
+        assert all(sample.meta["end"] == wanted[key] + 5 / 16 for key, sample in found.items())
+        assert card["counts"]["dropped_seconds"] == left / 16 and card["source"]["settings"]["stride"] == stride
+        frames = np.stack(list(read_frames(videos / "a.mkv", 16, (32, 48))))
+        expected = dataset_codec(out).encode(frames[stride : stride + 5]).astype(np.float16)
+        assert np.array_equal(found["000000_0001"].latent, expected)
+        capsys.readouterr()
+        assert run(videos, out) == 2
+        assert f"differs in stride ({stride}, now None)" in capsys.readouterr().err
+        # Stopped behind the first shard, it goes on within the first video.
+        before = content(out)
+        for name in ("dataset.json", "samples.npy", "shard-000000-0001.json", "shard-000000-0001.tar"):
+            (out / name).unlink(missing_ok=True)
+        assert run(videos, out, "--stride", str(stride)) == 0
+        assert content(out) == before
+        shutil.rmtree(out)
+    assert run(videos, out, "--stride", "-1") == 2
+
+
+def test_several_captions_are_embedded_each(videos, tmp_path):
+    entries = [
+        {"video": "b.mp4", "caption": "one", "captions": ["two  words", "one", "", "three"]},
+        {"video": "a.mkv", "captions": ["four", "five"]},
+        {"video": "more/c.mp4", "captions": ["six"]},
+    ]
+    (videos / "list.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    out = tmp_path / "data"
+    assert run(videos / "list.jsonl", out) == 0 and verify(out) == 7
+    found = samples(out)
+    for key, captions in (("000000_0001", ["one", "two words", "three"]), ("000001_0003", ["four", "five"])):
+        assert found[key].meta["captions"] == captions and found[key].meta["caption"] == captions[0]
+        expected = [text.astype(np.float16) for text in HashText().encode(captions)]
+        assert len(found[key].texts) == len(captions)
+        assert all(np.array_equal(*pair) for pair in zip(found[key].texts, expected))
+    assert "captions" not in found["000002_0000"].meta and len(found["000002_0000"].texts) == 1
+    entries[1]["captions"][1] = "another"
+    (videos / "list.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert run(videos / "list.jsonl", out) == 2  # the fingerprint is of all captions
 
 
 def test_again_does_nothing_and_elsewhere_makes_the_same_bytes(videos, tmp_path, capsys):
@@ -464,6 +513,7 @@ def test_bad_sources_are_one_line(videos, tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text('{"video": "a.mp4"}\n{"caption": "no video"}\n')
     (tmp_path / "worse.jsonl").write_text('{"video": \n')
     (tmp_path / "span.csv").write_text("video,start,end\na.mp4,3,2\n")
+    (tmp_path / "captions.csv").write_text("video,captions\na.mp4,one\n")
     (tmp_path / "word.csv").write_text("video,start\na.mp4,soon\n")
     for name, digits in (("huge", 400), ("digits", 5000)):
         (tmp_path / f"{name}.jsonl").write_text(f'{{"video": "b.mp4", "start": {"9" * digits}}}\n')
@@ -474,6 +524,7 @@ def test_bad_sources_are_one_line(videos, tmp_path, capsys):
         ("bad.jsonl", "line 2: no 'video'"),
         ("worse.jsonl", "does not parse"),
         ("span.csv", "line 2: need 0 <= start < end"),
+        ("captions.csv", "line 2: captions 'one' is not a list of texts"),
         ("word.csv", "start 'soon' is not a number"),
         ("huge.jsonl", "is not a number of seconds"),
         ("digits.jsonl", "digits.jsonl: does not parse"),

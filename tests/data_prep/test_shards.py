@@ -42,7 +42,7 @@ def test_round_trip(tmp_path):
         data = path.read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (record["bytes"], record["sha256"])
         for entry in (Entry(*row) for row in record["index"]):
-            latent, text, meta = shards.read_sample(path, entry)
+            latent, (text,), meta = shards.read_sample(path, entry)
             expected = sample(n)
             assert entry.key == f"{n:06d}_0007" and meta == {**expected[2], "key": entry.key}
             assert latent.dtype == text.dtype == np.float16
@@ -50,6 +50,26 @@ def test_round_trip(tmp_path):
             assert np.array_equal(text, expected[1].astype(np.float16))
             n += 1
     assert n == 5
+
+
+def test_further_captions_are_further_members(tmp_path):
+    """A dozen: the order of the tar is that of names, where 10 comes before 2."""
+    latent, text, meta = sample(0)
+    more = [text + number for number in range(1, 12)]
+    meta = {**meta, "captions": [str(number) for number in range(12)]}
+    writer = ShardWriter(tmp_path / "shard-000000-0000.tar")
+    writer.add(0, 0, latent, text, meta, more)
+    entry = Entry(*writer.finish()["index"][0])
+    texts = shards.read_sample(writer.path, entry).texts
+    assert len(texts) == 12
+    assert all(np.array_equal(found, one.astype(np.float16)) for found, one in zip(texts, [text, *more]))
+    with tarfile.open(writer.path) as tar:
+        names = tar.getnames()
+    assert names == sorted(names) and f"{entry.key}.text.11.npy" in names
+    read = next(iter(webdataset.WebDataset(str(writer.path), shardshuffle=False).decode()))
+    assert np.array_equal(read["text.11.npy"], texts[11])
+    with pytest.raises(ValueError, match="text: 1 of"):
+        ShardWriter(tmp_path / "bad.tar").add(0, 0, latent, text, meta, [np.array([[np.inf]])])
 
 
 def test_the_index_finds_every_sample(tmp_path):
