@@ -34,7 +34,7 @@ from data_prep.codecs import Codec, open_codec
 from data_prep.command import printable, run_command
 from data_prep.decoder import DecodedVideo, Decoders, Problem, Span
 from data_prep.default_codec import CODEC_FILE, FIT_CLIPS, DefaultCodec
-from data_prep.files import locked, write_atomic, write_json
+from data_prep.files import has_size, locked, write_atomic, write_json
 from data_prep.geometry import LatentGeometry, parse_size
 from data_prep.index import write_index
 from data_prep.shards import to_float16
@@ -81,8 +81,8 @@ class EncodeSettings:
         """Raises a one-line ValueError for invalid settings."""
         geometry.check_patches(*self.size)
         geometry.latent_shape(self.frames, *self.size)
-        if not 0 < self.fps <= 1000:
-            raise ValueError(f"fps {self.fps}: must be above 0")
+        if not 0.01 <= self.fps <= 1000:
+            raise ValueError(f"fps {self.fps}: must be from 0.01 to 1000")
         if self.stride < 0:
             raise ValueError(f"stride {self.stride}: must be at least 1, or 0 for one clip after another")
         for name in ("samples_per_shard", "videos_per_part", "workers"):
@@ -150,8 +150,12 @@ def encode(
     record = settings.record(codec, text, rows)
     work = Work(out, rows, settings.videos_per_part)
     if stands_already(out, record, retry) and not retry:
-        print(f"{out}: the dataset exists already, nothing to do")
-        return read_card(out)
+        card = read_card(out)
+        lost = [shard["file"] for shard in card["shards"] if not has_size(out / shard["file"], shard["bytes"])]
+        if not lost:
+            print(f"{out}: the dataset exists already, nothing to do")
+            return card
+        print(f"{out}: {len(lost)} shards are missing or cut short, they are made again", file=sys.stderr)
     parts = range(job[0], work.parts, job[1])
     codec = begin(work, record, codec, settings, src, retry)
     if retry and not work.forget_failures(parts):

@@ -37,7 +37,7 @@ def write_atomic(path: str | Path, data: bytes | bytearray | str) -> None:
     path = Path(path)
     temporary = temporary_beside(path)
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
@@ -74,6 +74,25 @@ def locked(path: str | Path, on_wait: Callable[[], object] | None = None) -> Ite
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
                 raise
         yield file.fileno()
+
+
+def has_size(path: Path, size: int) -> bool:
+    """Whether a file is there, with so many bytes."""
+    try:
+        return path.stat().st_size == size
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Adds the file to an OSError that names none, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
 
 
 def sync(path: str | Path) -> None:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import webdataset
 
-from data_prep.files import sync, temporary_beside
+from data_prep.files import naming, sync, temporary_beside
 from data_prep.places import Place, Remote, place_of, read_range
 
 HEADER_BYTES = 4096  # no header of an array is longer
@@ -180,7 +180,8 @@ class ShardWriter:
         json_bytes = json.dumps({**meta, "key": key}, sort_keys=True, ensure_ascii=False).encode()
         parts = {"json": json_bytes, "latent.npy": npy_bytes(latent)}
         parts |= zip(text_members(len(texts)), map(npy_bytes, texts))
-        self._tar.write({"__key__": key, **parts})  # it sorts them by name
+        with naming(self.path):
+            self._tar.write({"__key__": key, **parts})  # it sorts them by name
         self._spans.append((video, clip))
         self._ends.append(self._tar.tarstream.offset)
 
@@ -192,9 +193,10 @@ class ShardWriter:
 
         The index has a list per sample: offset, bytes, crc32, video, clip, as in an Entry.
         """
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            self._tar.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self._file.seek(0)
         digest, index = hashlib.sha256(), []
         for (video, clip), begin, end in zip(self._spans, self._ends, self._ends[1:]):

@@ -393,6 +393,28 @@ def test_a_folder_that_cannot_be_listed_is_one_line(videos, tmp_path, monkeypatc
     assert not (tmp_path / "data").exists()
 
 
+def test_a_shard_that_is_lost_from_a_finished_dataset_is_made_again(videos, tmp_path, capsys):
+    out = tmp_path / "data"
+    assert run(videos, out) == 0
+    before = content(out)
+    (out / "shard-000000-0001.tar").unlink()
+    assert run(videos, out) == 0
+    assert "1 shards are missing or cut short, they are made again" in capsys.readouterr().err
+    assert content(out) == before
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(videos, tmp_path, monkeypatch, capsys):
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    assert run(videos, tmp_path / "codec") == 0
+    capsys.readouterr()
+    monkeypatch.setattr(os, "fsync", full)
+    assert run(videos, tmp_path / "data", "--codec", f"default:{tmp_path / 'codec'}") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"error: [Errno 28] No space left on device: '{tmp_path / 'data' / 'work.json'}'"
+
+
 def test_latents_that_are_not_finite_end_their_video_alone(videos, tmp_path, monkeypatch, capsys):
     real = default_codec.DefaultCodec.encode
     calls = []
@@ -489,6 +511,7 @@ def test_the_codec_of_another_dataset(videos, tmp_path, capsys):
         (["--size", "40x48"], "must be multiples of 16, such as 32x48"),
         (["--size", "big"], "HEIGHTxWIDTH"),
         (["--fps", "0"], "fps 0"),
+        (["--fps", "1e-9"], "fps 1e-09: must be from 0.01 to 1000"),
         (["--codec", "vae"], "unknown codec"),
         (["--codec", "wan:nowhere"], "no Wan VAE here"),
         (["--text", "clip"], "unknown text encoder"),
