@@ -7,7 +7,7 @@ import torch
 
 from rf_train.config import from_dict
 from rf_train.generate import Generator
-from rf_train.model.chunks import Dense, Routed, Window
+from rf_train.model.chunks import Dense, RoutedWithin, Window
 from tests.conftest import plain_settings
 
 
@@ -18,7 +18,7 @@ from tests.conftest import plain_settings
         (12, {"kind": "window", "window": 2}, Window(window=2)),
         (12, {"kind": "window", "window": 2, "sink": 1}, Window(window=2, sink=1)),
         (12, {"kind": "window", "window": 3, "sink": 1}, Window(window=3)),  # it never saw so many
-        (12, {"kind": "routed", "top_k": 1}, Routed(top_k=1)),
+        (12, {"kind": "routed", "top_k": 1}, RoutedWithin(top_k=1, reach=3)),
         (12, {"kind": "routed", "top_k": 3}, Window(window=3)),  # it never chose
         (3, "dense", Dense()),
     ],

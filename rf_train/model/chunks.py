@@ -112,16 +112,23 @@ class Routed(Attention, kind="routed"):
         return self.top_k + self.window + self.sink
 
 
+@dataclass(frozen=True)
+class RoutedWithin(Routed):
+    """Routing in generation: among the last `reach` earlier chunks only, and the first `sink` ones."""
+
+    reach: int = 1
+
+
 def attention_at_any_length(trained: Attention, chunks: int) -> Attention:
     """The attention of generation after training with `trained` on clips of `chunks` chunks.
 
-    After routing it is routing itself, if the clips had so many chunks that it made a choice. Else it is a window as
-    wide as the history seen in training, or training's own window if that is narrower. So relative positions stay
-    inside what was trained, however long the video gets.
+    After routing it is routing itself, if the clips had so many chunks that it made a choice, among as many chunks as
+    the history seen in training. Else it is a window as wide as that history, or training's own window if that is
+    narrower. So relative positions stay inside what was trained, however long the video gets: farther ones spoil it.
     """
     seen = chunks - 1
     if isinstance(trained, Routed) and trained.read_chunks < seen:
-        return trained
+        return RoutedWithin(trained.top_k, trained.window, trained.sink, reach=seen)
     if isinstance(trained, Window) and trained.window + trained.sink <= seen:
         return trained
     return Window(window=seen) if seen else Dense()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rf_train.model.attention import PassLayout, two_stream_attention
-from rf_train.model.chunks import Attention, Chunk, Chunking, Window
+from rf_train.model.chunks import Attention, Chunk, Chunking, RoutedWithin, Window
 from rf_train.model.elementwise import (
     gated_sum,
     gated_sum_and_norm,
@@ -359,12 +359,15 @@ class CausalWan(nn.Module):
     def new_kv_cache(self, batch: int, tokens_per_frame: int, frames: int, attention: Attention) -> KVCache:
         """A cache for `frames` latent frames of history.
 
-        With a window it keeps only what later chunks can still read.
+        With a window, or routing in generation, it keeps only what later chunks can still read.
         """
         settings, largest, sink = self.settings, self.chunking.largest, 0
         if isinstance(attention, Window):
             sink = attention.sink
             frames = min(frames, (attention.window + 1 + sink) * largest)
+        elif isinstance(attention, RoutedWithin):
+            sink = attention.sink
+            frames = min(frames, (attention.reach + sink) * largest)
         heads = settings.heads // (self.sequence_parallel.size if self.sequence_parallel is not None else 1)
         tokens, scratch = frames * tokens_per_frame, largest * tokens_per_frame
         weight = self.proj_out.weight

@@ -9,7 +9,7 @@ from rf_train.diffusion import flow_matching
 from rf_train.diffusion.flow_matching import FlowSettings
 from rf_train.diffusion.randomness import normal
 from rf_train.diffusion.sampling import VideoRequest, sample, sample_chunks
-from rf_train.model.chunks import Dense, Window
+from rf_train.model.chunks import Dense, Routed, RoutedWithin, Window, attention_at_any_length
 from tests.conftest import assert_close, random_clip, tolerance
 
 
@@ -93,3 +93,28 @@ def test_a_longer_video_begins_as_a_shorter_one_and_a_video_does_not_depend_on_i
     assert_close(short[1:], sample(model, second, flow, window), atol=1e-5, rtol=1e-5)
     other_seed = sample(model, request_for(model, 6, [1, 3]), flow, window)
     assert (other_seed[1] - short[1]).abs().max() > 1e-2
+
+
+def test_after_training_the_distances_stay_those_of_training():
+    assert attention_at_any_length(Routed(2), 7) == RoutedWithin(2, reach=6)
+    assert attention_at_any_length(Routed(2, window=1, sink=1), 7) == RoutedWithin(2, 1, 1, reach=6)
+    assert attention_at_any_length(Routed(6), 7) == Window(window=6)  # it made no choice
+    assert attention_at_any_length(Dense(), 7) == Window(window=6)
+    assert attention_at_any_length(Window(window=3, sink=1), 7) == Window(window=3, sink=1)
+    assert attention_at_any_length(Dense(), 1) == Dense()
+
+
+@pytest.mark.parametrize("sink", [0, 1])
+@torch.no_grad()
+def test_routing_in_generation_reaches_as_far_as_in_training(tiny_model, device, monkeypatch, sink):
+    """Within its reach it is the routing of training. Beyond, older chunks leave the cache, but the first `sink`."""
+    model, flow = tiny_model(device), FlowSettings(sampling_steps=2, guidance=1.0)
+    request, caches = request_for(model, 27, [3]), []
+    new_cache = type(model).new_kv_cache
+    monkeypatch.setattr(type(model), "new_kv_cache", lambda *rest: caches.append(new_cache(*rest)) or caches[-1])
+    near = list(sample_chunks(model, request, flow, RoutedWithin(2, 0, sink, reach=5)))
+    kept = caches[-1].layers[0].chunks
+    far = list(sample_chunks(model, request, flow, Routed(2, 0, sink)))
+    assert kept == [*range(sink), 3, 4, 5, 6, 7]
+    assert all(torch.equal(one, other) for one, other in zip(near[:6], far[:6]))
+    assert not torch.equal(near[8], far[8])
