@@ -14,7 +14,7 @@ from torch import Tensor
 from data_prep.card import read_card
 from data_prep.default_codec import CODEC_FILE, DefaultCodec
 from data_prep.geometry import LatentGeometry
-from data_prep.places import Place, local_copy, place_of
+from data_prep.places import Place, local_copy, local_folder, place_of
 from data_prep.wan_codec import WanCodec
 
 
@@ -43,7 +43,7 @@ def open_codec(spec: str, device: str = "cpu", precision: str = "auto") -> Codec
     """
     name, _, folder = spec.partition(":")
     if name == "default" and folder:
-        path = Path(folder)
+        path = local_folder(folder, "--codec")
         return DefaultCodec.load(path / CODEC_FILE if path.is_dir() else path)
     if name == "wan" and folder:
         return WanCodec(folder, device, {"bf16": torch.bfloat16, "fp32": torch.float32}.get(precision))

@@ -84,7 +84,7 @@ class EncodeSettings:
         if not 0.01 <= self.fps <= 1000:
             raise ValueError(f"fps {self.fps}: must be from 0.01 to 1000")
         if self.stride < 0:
-            raise ValueError(f"stride {self.stride}: must be at least 1, or 0 for one clip after another")
+            raise ValueError(f"stride {self.stride}: must be at least 1")
         for name in ("samples_per_shard", "videos_per_part", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', ' ')} must be at least 1, not {getattr(self, name)}")
@@ -108,7 +108,7 @@ class EncodeSettings:
             "height": self.size[0],
             "width": self.size[1],
             "frames": self.frames,
-            **({"stride": self.stride} if self.clip_stride != self.frames else {}),
+            "stride": self.clip_stride,
             "codec": f"{codec.name} {codec.hash} {codec.settings.get('dtype', 'float32')}"
             if codec
             else "default, fitted",
@@ -159,7 +159,7 @@ def encode(
     parts = range(job[0], work.parts, job[1])
     codec = begin(work, record, codec, settings, src, retry)
     if retry and not work.forget_failures(parts):
-        print(f"{out}: nothing failed in these parts", file=sys.stderr)
+        print(f"{out}: nothing failed in the parts that are done", file=sys.stderr)
     bare = sum(not row.caption for row in rows)
     if bare:
         print(f"{bare} of {len(rows)} videos have no caption; they get the empty one", file=sys.stderr)

@@ -28,6 +28,7 @@ from data_prep.command import printable, run_command
 from data_prep.default_codec import CODEC_FILE
 from data_prep.files import locked, sha256_of_file, sync, temporary_beside, write_atomic, write_json
 from data_prep.index import SampleIndex, write_rows
+from data_prep.places import local_folder
 from data_prep.work import FAILURES, LOCK, WORK, remove_leftovers
 
 SAME = ("codec", "latent", "video", "text", "empty_caption")  # sections of the card that must agree
@@ -243,7 +244,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def merge_as_asked(options: argparse.Namespace) -> None:
     """What the command line asks for. Prints a line on what was made."""
-    counts = merge(options.out, options.datasets, options.copy)["counts"]
+    datasets = [local_folder(folder, "data_prep.merge") for folder in options.datasets]
+    counts = merge(options.out, datasets, options.copy)["counts"]
     print(
         f"{options.out}: {counts['samples']} samples in {counts['shards']} shards, of {len(options.datasets)} datasets"
     )

@@ -122,6 +122,14 @@ def no_such_folder(place: Place) -> bool:
     return isinstance(place, Path) and not place.is_dir()
 
 
+def local_folder(address: str | Path, what: str) -> Path:
+    """The folder at an address. Raises ValueError for a remote one: `what` reads local folders only."""
+    place = place_of(address)
+    if isinstance(place, Remote):
+        raise ValueError(f"{place}: {what} reads local folders only; copy the dataset here first")
+    return place
+
+
 def read_range(place: Place, offset: int, size: int) -> bytes:
     """`size` bytes of a file from `offset` on, or fewer where it ends.
 

@@ -27,6 +27,7 @@ from data_prep.command import one_line, printable, run_command
 from data_prep.files import write_atomic
 from data_prep.index import SampleIndex
 from data_prep.pages import html_page
+from data_prep.places import local_folder
 from data_prep.shards import Sample, SampleError, caption_of, read_sample, span_of
 from data_prep.video import read_frames, write_video
 
@@ -220,7 +221,8 @@ def preview_as_asked(options: argparse.Namespace) -> None:
     if options.device == "cuda" and not cuda:
         raise ValueError("--device cuda: no usable GPU here")
     device = ("cuda" if cuda else "cpu") if options.device == "auto" else options.device
-    out = Path(options.out or f"{Path(options.dataset).resolve().name}-preview")
+    dataset = local_folder(options.dataset, "data_prep.preview")
+    out = Path(options.out or f"{dataset.resolve().name}-preview")
     if options.seed < 0:
         raise ValueError(f"--seed {options.seed}: must be at least 0")
     shown = preview(options.dataset, out, options.clips, options.seed, options.first, options.source, device)

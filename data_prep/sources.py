@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -44,7 +45,10 @@ def list_source(src: str | Path) -> list[Row]:
     if src.is_dir():
         named = {path.relative_to(src).as_posix(): path for path in _files(src, SUFFIXES)}
         rows = [_folder_row(index, named[name], name) for index, name in enumerate(sorted(named))]
-        rows = rows or _rows_of_tars(sorted(_files(src, {".tar"})), src)
+        tars = sorted(_files(src, {".tar"}))
+        if rows and tars:
+            print(f"{src}: its .tar files ({len(tars)}) are not read, since there are videos", file=sys.stderr)
+        rows = rows or _rows_of_tars(tars, src)
     elif src.suffix.lower() == ".tar" and src.exists():
         rows = _rows_of_tars([src], src.parent)
     elif not src.exists() and (src.suffix == ".tar" or "{" in text or "::" in text or _is_address(text)):
@@ -167,7 +171,10 @@ def _captions(first: str, entry: dict) -> tuple[str, ...]:
     more = entry.get("captions") or []
     if not isinstance(more, list) or not all(isinstance(caption, str) for caption in more):
         raise ValueError(f"captions {str(more)[:100]!r} is not a list of texts")
-    tidy = [as_utf8(" ".join(str(caption).split())) for caption in (first or entry.get("caption") or "", *more)]
+    own = entry.get("caption") or ""
+    if isinstance(own, list | dict):
+        raise ValueError(f"caption {str(own)[:100]!r} is not a text; several go under 'captions'")
+    tidy = [as_utf8(" ".join(str(caption).split())) for caption in (first or own, *more)]
     return tuple(dict.fromkeys(filter(None, tidy))) or ("",)
 
 

@@ -27,6 +27,7 @@ from data_prep.command import printable, run_command
 from data_prep.files import write_atomic
 from data_prep.index import SampleIndex
 from data_prep.pages import COLOURS, GREY, html_page, html_table, new_figure, svg
+from data_prep.places import local_folder
 from data_prep.shards import Sample, caption_of, read_sample, span_of
 from data_prep.stream import stream_samples
 from data_prep.work import FAILURES
@@ -441,7 +442,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def stats_as_asked(options: argparse.Namespace) -> None:
     """Writes the page, and prints the tables: in this order, for the reader may be `head`."""
-    stats = Stats(options.dataset, options.samples).read()
+    stats = Stats(local_folder(options.dataset, "data_prep.stats"), options.samples).read()
     out = Path(options.out or f"{stats.folder.resolve().name}-stats.html")
     write_atomic(out, page(stats).encode(errors="replace"))
     for title, section in SECTIONS:

@@ -23,7 +23,7 @@ from data_prep.default_codec import CODEC_FILE
 from data_prep.files import is_abandoned, write_atomic
 from data_prep.index import INDEX
 from data_prep.shards import ShardWriter
-from data_prep.sources import Row
+from data_prep.sources import Row, fingerprints
 
 WORK, LOCK, FAILURES = "work.json", "work.lock", "failures.jsonl"
 
@@ -72,12 +72,21 @@ class Work:
             row, clip = record["next"]
         return records, Place(len(records), row, clip)
 
+    def sizes_of(self, part: int) -> str:
+        """A hash of the sizes of a part's files."""
+        return fingerprints(self.rows_of(part))["source_sizes"]
+
     def forget_failures(self, parts: range) -> int:
-        """Removes the shards of these parts from the first failure on, and the card. Returns how many shards."""
+        """Removes the shards of these parts from the first failure on, and the card. Returns how many shards.
+
+        In a part whose files have other sizes than when it was made, all shards go: any video may be another one.
+        """
         removed = 0
         for part in parts:
             records, _ = self.records(part)
             failed = [number for number, record in enumerate(records) if record["failures"]]
+            if any(record.get("source_sizes") != self.sizes_of(part) for record in records):
+                failed = [0]
             for number in range(failed[0], len(records)) if failed else ():
                 (self.folder / CARD).unlink(missing_ok=True)
                 self.shard(part, number).with_suffix(".json").unlink(missing_ok=True)
@@ -109,6 +118,7 @@ class PartWriter:
         self._shard: ShardWriter | None = None
         self._failures: list[dict] = []
         self._dropped = 0.0
+        self._sizes = work.sizes_of(part)
 
     def __enter__(self) -> "PartWriter":
         return self
@@ -143,7 +153,8 @@ class PartWriter:
             else:
                 self._shard.abandon()
         path = self._work.shard(self._part, self._number).with_suffix(".json")
-        record = {**content, "next": go_on, "failures": self._failures, "dropped_seconds": self._dropped}
+        notes = {"failures": self._failures, "dropped_seconds": self._dropped, "source_sizes": self._sizes}
+        record = {**content, "next": go_on, **notes}
         write_atomic(path, json.dumps({**record, "hash": card_hash(record)}))
         self._shard, self._number, self._failures, self._dropped = None, self._number + 1, [], 0.0
 
@@ -186,7 +197,12 @@ def _check_same(out: Path, found: dict, record: dict, retry: bool) -> None:
         changes = ", ".join(
             key if key in hashes else f"{key} ({found.get(key)}, now {record.get(key)})" for key in differ
         )
-        raise ValueError(f"{out}: holds another dataset, it differs in {changes}")
+        advice = ""
+        if "source" in differ:
+            advice = ": the source has other videos, captions or spans now; encode it into another folder"
+        elif differ == ["source_sizes"]:
+            advice = ": files of the source have other sizes now; if they were mended, run it with --retry"
+        raise ValueError(f"{out}: holds another dataset, it differs in {changes}{advice}")
 
 
 def parse_job(text: str) -> tuple[int, int]:

@@ -130,8 +130,10 @@ def evaluate_run(options: argparse.Namespace) -> str:
     for part in ("codec", "text"):
         if dataset.card[part]["hash"] != generator.card[part]["hash"]:
             trained_on = generator.recipe.data.train
+            fitted = part == "codec" and generator.card[part]["name"] == "default"
+            same = f"--codec default:{trained_on}" if fitted else f"the same --{part}"
             raise ValueError(
-                f"{folder}: its {part} is not that of {trained_on}, the training data; encode it with the same --{part}"
+                f"{folder}: its {part} is not that of {trained_on}, the training data; encode it with {same}"
             )
     videos = LongVideos(
         dataset=dataset,

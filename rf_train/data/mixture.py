@@ -38,7 +38,8 @@ class MixedDataset:
                 sizes = other.card["latent"][name], first.card["latent"][name]
                 if sizes[0] != sizes[1]:
                     found = f"{sizes[0]} in {other.folder}, {sizes[1]} in {first.folder}"
-                    raise ValueError(f"data.mixtures: {mixture.name}: latents differ in {name}: {found}")
+                    may = "; with by: step they may" if name in ("height", "width") else ""
+                    raise ValueError(f"data.mixtures: {mixture.name}: latents differ in {name}: {found}{may}")
         self.card = max(self.parts, key=lambda part: part.tokens_per_frame).card  # what needs the most memory
         self.empty_caption = first.empty_caption
 

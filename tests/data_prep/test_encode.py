@@ -117,7 +117,7 @@ def test_a_folder_becomes_a_dataset(videos, tmp_path, capsys):
 def test_a_stride_makes_clips_overlap_or_leaves_gaps(videos, tmp_path, capsys):
     whole, out = tmp_path / "whole", tmp_path / "data"
     assert run(videos, whole, "--stride", "5") == 0
-    assert "stride" not in read_card(whole)["source"]["settings"]
+    assert read_card(whole)["source"]["settings"]["stride"] == 5
     for stride, starts, left in ((3, [[0, 3, 6, 9, 12, 15], [0, 3, 6], [0]], 0 + 1 + 2), (8, [[0, 8], [0], [0]], 16)):
         assert run(videos, out, "--stride", str(stride)) == 0
         assert verify(out) == sum(map(len, starts))
@@ -131,7 +131,7 @@ def test_a_stride_makes_clips_overlap_or_leaves_gaps(videos, tmp_path, capsys):
         assert np.array_equal(found["000000_0001"].latent, expected)
         capsys.readouterr()
         assert run(videos, out) == 2
-        assert f"differs in stride ({stride}, now None)" in capsys.readouterr().err
+        assert f"differs in stride ({stride}, now 5)" in capsys.readouterr().err
         # Stopped behind the first shard, it goes on within the first video.
         before = content(out)
         for name in ("dataset.json", "samples.npy", "shard-000000-0001.json", "shard-000000-0001.tar"):
@@ -183,7 +183,7 @@ def test_other_settings_or_another_source_are_refused(videos, tmp_path, capsys):
     assert "differs in fps (16, now 8)" in capsys.readouterr().err
     (videos / "b.txt").write_text("another caption")
     assert run(videos, out) == 2
-    assert "differs in source" in capsys.readouterr().err
+    assert "differs in source: the source has other videos, captions or spans now" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_goes_on_behind_the_last_whole_shard(videos, tmp_path, monkeypatch, capsys):
@@ -347,6 +347,23 @@ def test_a_job_ends_when_too_many_videos_fail_and_retry_tries_them_again(videos,
     assert content(out) == content(whole)
 
 
+def test_retry_makes_anew_what_has_another_size_though_it_did_not_fail(videos, tmp_path):
+    """One video is mended, another, which was good, is replaced: no clip of the old one may stay."""
+    good = (videos / "b.mp4").read_bytes()
+    (videos / "b.mp4").write_bytes(b"no")
+    out, whole = tmp_path / "data", tmp_path / "whole"
+    assert run(videos / "more", tmp_path / "codec") == 0
+    settings = ["--codec", f"default:{tmp_path / 'codec'}", "--videos-per-part", "1"]
+    assert run(videos, out, *settings) == 0
+    untouched = (out / "shard-000002-0000.tar").stat().st_mtime_ns
+    (videos / "b.mp4").write_bytes(good)
+    write(videos / "a.mkv", frames=15, fps=16)
+    assert run(videos, out, *settings, "--retry") == 0
+    assert run(videos, whole, *settings) == 0
+    assert content(out) == content(whole)
+    assert (out / "shard-000002-0000.tar").stat().st_mtime_ns == untouched
+
+
 def test_unreadable_files_and_odd_names_are_failures_and_the_rest_is_encoded(videos, tmp_path, monkeypatch, capsys):
     odd = os.fsencode(videos) + b"/caf\xe9 \x1b[31m.mp4"
     shutil.copy(os.fsencode(videos / "b.mp4"), odd)
@@ -376,6 +393,12 @@ def test_unreadable_files_and_odd_names_are_failures_and_the_rest_is_encoded(vid
             "samples": 0,
         }
     ]
+
+
+def test_tars_beside_videos_are_not_read_and_this_is_said(videos, tmp_path, capsys):
+    (videos / "more" / "x.tar").write_bytes(b"")
+    assert run(videos, tmp_path / "data") == 0
+    assert f"{videos}: its .tar files (1) are not read, since there are videos" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_listed_is_one_line(videos, tmp_path, monkeypatch, capsys):
@@ -514,6 +537,7 @@ def test_the_codec_of_another_dataset(videos, tmp_path, capsys):
         (["--fps", "1e-9"], "fps 1e-09: must be from 0.01 to 1000"),
         (["--codec", "vae"], "unknown codec"),
         (["--codec", "wan:nowhere"], "no Wan VAE here"),
+        (["--codec", "default:https://host/data"], "https://host/data: --codec reads local folders only"),
         (["--text", "clip"], "unknown text encoder"),
         (["--samples-per-shard", "0"], "samples per shard"),
         (["--videos-per-part", "0"], "videos per part"),
@@ -538,6 +562,7 @@ def test_bad_sources_are_one_line(videos, tmp_path, capsys):
     (tmp_path / "span.csv").write_text("video,start,end\na.mp4,3,2\n")
     (tmp_path / "captions.csv").write_text("video,captions\na.mp4,one\n")
     (tmp_path / "word.csv").write_text("video,start\na.mp4,soon\n")
+    (tmp_path / "list.jsonl").write_text('{"video": "a.mp4", "caption": ["a", "b"]}')
     for name, digits in (("huge", 400), ("digits", 5000)):
         (tmp_path / f"{name}.jsonl").write_text(f'{{"video": "b.mp4", "start": {"9" * digits}}}\n')
     for src, says in (
@@ -549,6 +574,7 @@ def test_bad_sources_are_one_line(videos, tmp_path, capsys):
         ("span.csv", "line 2: need 0 <= start < end"),
         ("captions.csv", "line 2: captions 'one' is not a list of texts"),
         ("word.csv", "start 'soon' is not a number"),
+        ("list.jsonl", "line 1: caption \"['a', 'b']\" is not a text; several go under 'captions'"),
         ("huge.jsonl", "is not a number of seconds"),
         ("digits.jsonl", "digits.jsonl: does not parse"),
     ):
