@@ -211,6 +211,7 @@ def routing_section(runs: list[RunRecord]) -> str:
         curve.plot(distances, found["by_distance"], color=run.colour, marker="o", markersize=2.5, label=run.label)
         image = axes.imshow(found["mean_distance"], aspect="auto", cmap="viridis")
         axes.set(title=f"mean distance, {run.label}", xlabel="head", ylabel="layer")
+        axes.locator_params(integer=True)
         figure.colorbar(image, ax=axes)
     curve.set(title="share of queries that chose it", xlabel="distance in chunks", ylim=(0, 1))
     curve.legend(frameon=False)
