@@ -22,7 +22,7 @@ ROW = np.dtype([("offset", "<u8"), ("bytes", "<u4"), ("crc32", "<u4"), ("video",
 
 
 def write_index(folder: str | Path, records: Iterable[dict]) -> dict:
-    """Writes the index of the shards with these records (`ShardWriter.record`), in order.
+    """Writes the index of the shards with these records (what `ShardWriter.finish` returns), in order.
 
     Returns {"file", "bytes", "sha256"}, for the card.
     """
@@ -31,7 +31,7 @@ def write_index(folder: str | Path, records: Iterable[dict]) -> dict:
 
 
 def write_rows(folder: str | Path, rows: np.ndarray) -> dict:
-    """Writes the index with these rows, of dtype ROW. Returns the same."""
+    """Writes the index with these rows, [samples] of dtype ROW. Returns {"file", "bytes", "sha256"}, for the card."""
     buffer = io.BytesIO()
     np.save(buffer, rows, allow_pickle=False)
     path = Path(folder) / INDEX

@@ -201,8 +201,7 @@ def check_split(recipe: Recipe, datasets: Datasets, ranks: Ranks) -> None:
         raise ValueError(f"run.sequence_parallel_size={size} does not divide the {ranks.world_size} ranks")
     for stage in recipe.stages:
         micro_steps(stage, recipe.optimizer.micro_batch, ranks.world_size // size)
-    parts = (getattr(dataset, "parts", [dataset]) for dataset in datasets.values())
-    for dataset in (part for of_one in parts for part in of_one):
+    for dataset in (part for named in datasets.values() for part in named.parts):
         if dataset.tokens_per_frame % size:
             tokens = f"a latent frame of {dataset.folder} has {dataset.tokens_per_frame} tokens"
             raise ValueError(f"run.sequence_parallel_size={size}: {tokens}, which don't split evenly over {size} ranks")

@@ -76,11 +76,11 @@ def micro_steps(stage: Stage, micro_batch: int, replicas: int) -> int:
 def step_batches(recipe: Recipe, datasets: Datasets, step: int, replica: int, replicas: int) -> list[Batch]:
     """The micro-batches of one replica in the 0-based `step`, one per micro-step, on the CPU."""
     stage, begin, _ = recipe.span_at(step)
-    folder = recipe.dataset_of(stage)
-    earlier = [span for span in recipe.stage_spans if span.end <= begin and recipe.dataset_of(span.stage) == folder]
+    name, size = recipe.dataset_of(stage), recipe.optimizer.micro_batch
+    earlier = [span for span in recipe.stage_spans if span.end <= begin and recipe.dataset_of(span.stage) == name]
     done = [(span.stage.steps, span.stage.batch) for span in earlier]
-    places = datasets[folder].places(recipe.run.seed, done, step - begin, stage.batch)
-    size, dataset = recipe.optimizer.micro_batch, datasets[folder]
+    dataset = datasets[name]
+    places = dataset.places(recipe.run.seed, done, step - begin, stage.batch)
     begins = [(micro * replicas + replica) * size for micro in range(micro_steps(stage, size, replicas))]
     own: list = [place for begin in begins for place in places[begin : begin + size]]
     clips = dataset.clips_at(recipe.run.seed, own, dataset.clip_frames(stage))

@@ -121,7 +121,13 @@ class LatentDataset:
 
     @property
     def is_remote(self) -> bool:
+        """Whether it is read from a server."""
         return isinstance(self.folder, Remote)
+
+    @property
+    def parts(self) -> list["LatentDataset"]:
+        """The datasets that it consists of, as those of a mixture."""
+        return [self]
 
     def clip_frames(self, stage: Stage) -> int:
         """Latent frames of a clip in `stage`. Raises ValueError when the dataset's clips are shorter."""
