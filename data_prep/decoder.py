@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.decoder_process import MODULE, WorkerProcess
-from data_prep.decoder_worker import Problem, Span, in_words
+from data_prep.decoder_worker import Span, in_words
+from data_prep.video import Problem
 
 STARTS = 3  # so many workers may fail to start in a row
 _START_SECONDS = 60.0  # a worker starts in about 0.2 s; a busy machine takes longer
@@ -33,6 +34,7 @@ class DecodedVideo:
         self.span = span
         self.problem: Problem | None = None
         self.left = 0
+        self.picture: tuple[int, int] | None = None  # (height, width), if only that was asked for
         self.room = 0.0  # seconds in which a clip can begin, as far as the video declares its length
         self._passed = 0  # clips that the worker has given
         self._worker = worker
@@ -266,6 +268,9 @@ class _Worker:
                 self._start(video)
             message = self._collect(video)
             left, room = int(message["left"]), float(message["room"])
+            if message.get("picture") is not None:
+                height, width = message["picture"]
+                video.picture = int(height), int(width)
             if message["problem"] is not None:
                 problem = Problem(*map(str, message["problem"]))
                 stop = problem.reason == "too large"  # what it still holds is not known

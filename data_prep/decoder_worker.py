@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_prep.tars import Region
-from data_prep.video import VideoError, declared_seconds, read_frames
+from data_prep.video import Problem, VideoError, declared_seconds, picture_size, read_frames
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -42,6 +42,7 @@ class Span:
     place: float | None = None  # begin at this share of the room between start and end, see `DecodedVideo.room`
     stride: int | None = None  # a clip begins every so many frames; None: where the one before ends
     region: tuple[int, int] | None = None  # (offset, size) of the video in the file; None: it is the whole file
+    only_size: bool = False  # no clip is wanted, only the size of the picture: `DecodedVideo.picture`
 
     def __post_init__(self) -> None:
         if not (self.fps > 0 and self.start >= 0 and (self.end is None or self.start < self.end)):
@@ -57,18 +58,6 @@ class Span:
         return Region(self.path, *self.region) if self.region else self.path
 
 
-@dataclass(frozen=True)
-class Problem:
-    """What ended a video early.
-
-    reason: one of `VideoError`'s, or "too short" (for one clip), "unreadable" (the file system says no) or "too large"
-    (for the worker's memory). "undecodable" is also what crashes a worker, or takes too long.
-    """
-
-    reason: str
-    detail: str
-
-
 def serve(requests: BinaryIO, answers: BinaryIO, memory_gib: float) -> None:
     """Answers every request, until there are no more."""
 
@@ -81,6 +70,10 @@ def serve(requests: BinaryIO, answers: BinaryIO, memory_gib: float) -> None:
     for line in requests:
         entry = json.loads(line)
         span = Span(**entry | {"path": Path(entry["path"]), "size": tuple(entry["size"])})
+        if span.only_size:
+            size, problem = look(span, memory_gib)
+            send({"problem": problem and [problem.reason, problem.detail], "left": 0, "room": 0, "picture": size})
+            continue
         room = room_of(span)
         span = replace(span, start=span.start + (span.place or 0.0) * room)
         problem, left = decode(span, send, memory_gib)
@@ -104,7 +97,6 @@ def decode(span: Span, send: Callable[..., None], memory_gib: float) -> tuple[Pr
     """Sends every whole clip; of those that are left out, only that they are made. Returns problem and frames left."""
     clips = filled = after = 0  # filled: frames of the next clip, below 0 before it begins; after: those after a clip
     stride = span.stride or span.frames
-    too_large = Problem("too large", f"needs more than {memory_gib:g} GiB of memory")
     try:
         clip = np.empty((span.frames, *span.size, 3), np.uint8)
         frames: Any = read_frames(span.video, span.fps, span.size, span.start, span.end)
@@ -125,17 +117,28 @@ def decode(span: Span, send: Callable[..., None], memory_gib: float) -> tuple[Pr
                         return None, 0
                     for n in range(filled):  # the next clip begins with these
                         clip[n] = clip[n + stride]
-    except VideoError as error:
-        if error.detail.startswith(os.strerror(errno.ENOMEM)):
-            return too_large, after
-        return Problem(error.reason, error.detail), after
-    except MemoryError:
-        return too_large, after
-    except OSError as error:
-        return Problem("unreadable", error.strerror or in_words(error)), after
     except Exception as error:
-        return Problem("undecodable", in_words(error)), after
+        return problem_of(error, memory_gib), after
     return (None if clips else Problem("too short", f"{after} of {span.frames} frames")), after
+
+
+def look(span: Span, memory_gib: float) -> tuple[tuple[int, int] | None, Problem | None]:
+    """The (height, width) of the picture, or why it can't be known."""
+    try:
+        return picture_size(span.video), None
+    except Exception as error:
+        return None, problem_of(error, memory_gib)
+
+
+def problem_of(error: Exception, memory_gib: float) -> Problem:
+    """What an error of reading a video means."""
+    if isinstance(error, MemoryError) or str(getattr(error, "detail", "")).startswith(os.strerror(errno.ENOMEM)):
+        return Problem("too large", f"needs more than {memory_gib:g} GiB of memory")
+    if isinstance(error, VideoError):
+        return Problem(error.reason, error.detail)
+    if isinstance(error, OSError):
+        return Problem("unreadable", error.strerror or in_words(error))
+    return Problem("undecodable", in_words(error))
 
 
 def main() -> None:

@@ -15,12 +15,14 @@ from pathlib import Path
 from webdataset.shardlists import expand_urls
 
 from data_prep.tars import Member, tar_members
+from data_prep.video import Problem
 
 SUFFIXES = frozenset(
     ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .gif".split()  # noqa: SIM905
 )
 MANIFESTS = (".jsonl", ".csv", ".parquet")
 COLUMNS = ("video", "caption", "captions", "start", "end")  # of a manifest
+DUPLICATE = "duplicate"  # the reason of a video that is left out since another one has the same content
 LARGEST_TEXT = 1 << 20  # bytes of a caption or JSON in a tar
 
 
@@ -37,6 +39,13 @@ class Row:
     problem: str = ""  # why it cannot be used, if that is known already
     captions: tuple[str, ...] = ()  # all of them, if there are several
     region: tuple[int, int] | None = None  # (offset, size) of the video in the file; None: it is the whole file
+    size: tuple[int, int] | None = None  # (height, width) of its bucket in pixels, if there are buckets
+    reason: str = ""  # of the problem, where it is not "unreadable"
+
+    @property
+    def trouble(self) -> Problem | None:
+        """Why the video can't be used, if that is known already."""
+        return Problem(self.reason or "unreadable", self.problem) if self.reason or self.problem else None
 
 
 def list_source(src: str | Path) -> list[Row]:
@@ -72,14 +81,16 @@ def fingerprints(rows: list[Row]) -> dict[str, str]:
     source, sizes = hashlib.sha256(), hashlib.sha256()
     for row in rows:
         source.update(json.dumps([row.source, row.caption, row.start, row.end, *row.captions]).encode())
-        sizes.update(f"{row.region[1] if row.region else _size(row.path)} ".encode())
+        sizes.update(f"{bytes_of(row)} ".encode())
     return {"source": source.hexdigest(), "source_sizes": sizes.hexdigest()}
 
 
-def _size(path: Path) -> int | None:
-    """Bytes of a file, None if there is none or it can't be known."""
+def bytes_of(row: Row) -> int | None:
+    """Bytes of a video's file, None if there is none or it can't be known."""
+    if row.region:
+        return row.region[1]
     try:
-        return path.stat().st_size if path.is_file() else None
+        return row.path.stat().st_size if row.path.is_file() else None
     except OSError:
         return None
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from data_prep import decoder_worker
-from data_prep.decoder import Decoders, Problem, Span
-from data_prep.video import VideoError, read_frames
+from data_prep.decoder import Decoders, Span
+from data_prep.video import Problem, VideoError, read_frames
 from tests.data_prep.test_video import write, write_sound
 
 PROJECT = Path(__file__).resolve().parent.parent.parent

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import default_codec, encode, shards
+from data_prep import default_codec, encode, encode_parts, shards
 from data_prep.card import read_card
 from data_prep.codecs import dataset_codec
 from data_prep.index import SampleIndex
@@ -214,7 +214,7 @@ def test_an_interrupted_run_goes_on_behind_the_last_whole_shard(videos, tmp_path
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(encode, "write_card", interrupt)
+        patch.setattr(encode_parts, "write_card", interrupt)
         assert run(videos, out) == 130
     dead = subprocess.Popen(["true"])
     dead.wait()
@@ -422,7 +422,7 @@ def test_a_shard_that_is_lost_from_a_finished_dataset_is_made_again(videos, tmp_
     before = content(out)
     (out / "shard-000000-0001.tar").unlink()
     assert run(videos, out) == 0
-    assert "1 shards are missing or cut short, they are made again" in capsys.readouterr().err
+    assert "1 shard is missing or cut short, it is made again" in capsys.readouterr().err
     assert content(out) == before
 
 
