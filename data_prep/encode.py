@@ -27,7 +27,7 @@ import torch
 from data_prep.buckets import mixture, parse_buckets, size_name
 from data_prep.card import read_card
 from data_prep.codecs import Codec, open_codec
-from data_prep.command import run_command
+from data_prep.command import GO_ON, counted, run_command
 from data_prep.default_codec import CODEC_FILE, DefaultCodec
 from data_prep.encode_parts import NoClip, Tally, encode_parts, finish
 from data_prep.encode_settings import EncodeSettings, codec_record
@@ -76,7 +76,8 @@ def encode(
             codec = kept_codec(out, codec, rows, settings, src)
         bare = sum(not row.caption for row in rows)
         if bare:
-            print(f"{bare} of {len(rows)} videos have no caption; they get the empty one", file=sys.stderr)
+            have = "has no caption; it gets" if bare == 1 else "have no caption; they get"
+            print(f"{bare} of {counted(len(rows), 'video')} {have} the empty one", file=sys.stderr)
         if settings.buckets:
             return encode_buckets(src, out, rows, record, codec, text, settings, job, retry)
         work = Work(out, rows, settings.videos_per_part)
@@ -144,12 +145,8 @@ def card_of(out: Path, record: dict, retry: bool) -> dict | None:
     if not lost:
         print(f"{out}: the dataset exists already, nothing to do")
         return card
-    shards = (
-        f"{lost} shard is missing or cut short, it is"
-        if lost == 1
-        else f"{lost} shards are missing or cut short, they are"
-    )
-    print(f"{out}: {shards} made again", file=sys.stderr)
+    are = "is missing or cut short, it is" if lost == 1 else "are missing or cut short, they are"
+    print(f"{out}: {counted(lost, 'shard')} {are} made again", file=sys.stderr)
     return None
 
 
@@ -241,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the Wan VAE")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="for wan and umt5")
     options = parser.parse_args(arguments)
-    return run_command(lambda: encode_as_asked(options))
+    return run_command(lambda: encode_as_asked(options), GO_ON)
 
 
 def encode_as_asked(options: argparse.Namespace) -> None:
@@ -281,10 +278,8 @@ def what_was_made(card: dict) -> str:
     """The counts of a dataset, in words."""
     counts = card["counts"]
     skipped = ", ".join(f"{n} {reason}" for reason, n in counts["skipped"].items()) or "none"
-    names = {
-        name: f"{counts[f'{name}s']} {name}{'s' * (counts[f'{name}s'] != 1)}" for name in ("sample", "shard", "video")
-    }
-    made = f"{names['sample']} in {names['shard']} from {names['video']}"
+    samples, shards, videos = (counted(counts[f"{name}s"], name) for name in ("sample", "shard", "video"))
+    made = f"{samples} in {shards} from {videos}"
     return f"{made}; skipped: {skipped}; {counts['dropped_seconds']:.1f} s of remainders dropped"
 
 

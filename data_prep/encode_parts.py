@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from data_prep.card import SCHEMA, write_card
 from data_prep.codecs import Codec
-from data_prep.command import printable
+from data_prep.command import counted, one_line, printable
 from data_prep.decoder import DecodedVideo, Decoders
 from data_prep.encode_settings import EncodeSettings, span_of
 from data_prep.files import write_atomic
@@ -69,7 +69,7 @@ def encode_parts(
                     bar.update()
                     if tally.failures > settings.max_failures * tally.videos:
                         raise ValueError(
-                            f"{work.folder}: {tally.failures} of {tally.videos} videos failed, more than "
+                            f"{work.folder}: {tally.failures} of {counted(tally.videos, 'video')} failed, more than "
                             f"--max-failures {settings.max_failures:g}; the last ones are named above. Mend the cause, "
                             "and run the command again with --retry"
                         )
@@ -92,7 +92,12 @@ def encode_video(
         texts, problem = [text.encode([caption])[0] for caption in row.captions or [row.caption]], None
         for clip in video:
             try:
-                writer.add(row, clips, codec.encode(clip), texts, clip_meta(row, clips, codec, settings))
+                latent = codec.encode(clip)
+            except ValueError as error:
+                problem = Problem("not encodable", one_line(error))
+                break
+            try:
+                writer.add(row, clips, latent, texts, clip_meta(row, clips, codec, settings))
             except ValueError as error:
                 problem = Problem("not finite", str(error))
                 break
@@ -102,7 +107,7 @@ def encode_video(
     writer.end_video(left / settings.fps, failure_of(row, problem, clips) if problem else None)
     if problem:
         tally.failures += problem.reason != DUPLICATE
-        kept = f", kept {clips} clips" if clips else ""
+        kept = f", kept {counted(clips, 'clip')}" if clips else ""
         detail = f" ({problem.detail})" if problem.detail else ""
         tqdm.write(printable(f"skipped {row.source}: {problem.reason}{detail}{kept}"), file=sys.stderr)
 
@@ -147,7 +152,8 @@ def finish(
         records += own
         missing += place is not None
     if missing:
-        print(f"{out}: {missing} of {work.parts} parts are not done; the job that finds none missing writes the card")
+        parts = f"{missing} of {counted(work.parts, 'part')} {'is' if missing == 1 else 'are'} not done"
+        print(f"{out}: {parts}; the job that finds none missing writes the card")
         return None
     failures = [failure for record in records for failure in record["failures"]]
     reasons = dict(sorted(Counter(failure["reason"] for failure in failures).items()))
@@ -193,4 +199,5 @@ class NoClip(ValueError):
 
 def no_clip(src: str | Path, videos: int, reasons: dict[str, int]) -> str:
     """The error of a source that gives no clip."""
-    return f"{src}: no clip could be made from {videos} videos: {', '.join(f'{n} {why}' for why, n in reasons.items())}"
+    why = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    return f"{src}: no clip could be made from {counted(videos, 'video')}: {why}"

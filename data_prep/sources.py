@@ -1,6 +1,7 @@
 """What to encode: a folder, a manifest, or webdataset shards of videos, as a list of videos (`Row`)."""
 
 import csv
+import difflib
 import hashlib
 import json
 import math
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from webdataset.shardlists import expand_urls
 
+from data_prep.command import printable
 from data_prep.tars import Member, tar_members
 from data_prep.video import Problem
 
@@ -66,7 +68,7 @@ def list_source(src: str | Path) -> list[Row]:
     elif not src.exists():
         raise ValueError(f"{src}: no such folder or manifest")
     elif src.suffix.lower() in MANIFESTS:
-        rows = [_manifest_row(src, index, line, entry) for index, (line, entry) in enumerate(_manifest(src))]
+        rows = _rows_of_manifest(src)
     else:
         raise ValueError(
             f"{src}: expected a folder of videos or .tar files, a manifest ({', '.join(MANIFESTS)}), or a .tar file"
@@ -125,10 +127,30 @@ def as_utf8(text: str) -> str:
         return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _manifest(path: Path) -> Iterator[tuple[int, object]]:
-    """(line number, entry) of each entry of a JSONL, CSV or Parquet file."""
+def _rows_of_manifest(path: Path) -> list[Row]:
+    """The rows of a manifest, in order. Keys that are not read are named on the terminal."""
+    rows: list[Row] = []
+    unknown: dict[str, int] = {}  # the first line of each
+    for line, entry in _manifest(path, unknown):
+        rows.append(_manifest_row(path, len(rows), line, entry))
+        for key in entry if isinstance(entry, dict) else ():
+            if key not in COLUMNS:
+                unknown.setdefault("cells behind the last column" if key is None else str(key), line)
+    if unknown:
+        named = []
+        for key, line in list(unknown.items())[:10]:
+            near = difflib.get_close_matches(key.lower(), COLUMNS, 1)
+            named.append(f"{key!r} (line {line}{f', {near[0]!r} is meant?' if near else ''})")
+        more = f" and {len(unknown) - len(named)} more" if len(unknown) > len(named) else ""
+        keys = ", ".join(COLUMNS)
+        print(printable(f"{path}: not read are {', '.join(named)}{more}; the keys are {keys}"), file=sys.stderr)
+    return rows
+
+
+def _manifest(path: Path, unknown: dict[str, int]) -> Iterator[tuple[int, object]]:
+    """(line number, entry) of each entry of a JSONL, CSV or Parquet file. Notes columns of Parquet that aren't read."""
     if path.suffix.lower() == ".parquet":
-        yield from enumerate(_parquet(path), start=1)
+        yield from enumerate(_parquet(path, unknown), start=1)
         return
     with open(path, encoding="utf-8-sig", newline="") as file:
         try:
@@ -144,7 +166,7 @@ def _manifest(path: Path) -> Iterator[tuple[int, object]]:
             raise ValueError(f"{path}: does not parse ({error})") from None
 
 
-def _parquet(path: Path) -> Iterator[dict]:
+def _parquet(path: Path, unknown: dict[str, int]) -> Iterator[dict]:
     """The rows of a Parquet file, with the columns of a manifest only. Raises ValueError without pyarrow."""
     try:
         import pyarrow.parquet
@@ -153,8 +175,9 @@ def _parquet(path: Path) -> Iterator[dict]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = [name for name in COLUMNS if name in file.schema_arrow.names]
+            unknown.update((name, 1) for name in file.schema_arrow.names if name not in COLUMNS)
             if "video" not in columns:
-                raise ValueError("no column 'video'")
+                raise ValueError(f"no column 'video'; it has: {', '.join(file.schema_arrow.names) or 'none'}")
             for batch in file.iter_batches(columns=columns):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, ValueError, OSError) as error:
@@ -164,7 +187,8 @@ def _parquet(path: Path) -> Iterator[dict]:
 def _manifest_row(manifest: Path, index: int, line: int, entry: object) -> Row:
     video = entry.get("video") if isinstance(entry, dict) else None
     if not isinstance(entry, dict) or not isinstance(video, str) or not video:
-        raise ValueError(f"{manifest} line {line}: no 'video'")
+        has = f"; it has: {', '.join(map(str, entry))[:200]}" if isinstance(entry, dict) and entry else ""
+        raise ValueError(f"{manifest} line {line}: no 'video'{has}")
     try:
         captions, (start, end) = _captions("", entry), _span(entry)
     except ValueError as error:
