@@ -1,6 +1,6 @@
 """Codecs: pixels to latents and back.
 
-All codecs have Wan's geometry. They are causal in time, in both directions. So a longer video starts with the same
+Each has its own geometry. All are causal in time, in both directions. So a longer video starts with the same
 latents, and decodes to the same first frames.
 """
 

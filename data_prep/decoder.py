@@ -26,20 +26,21 @@ _START_SECONDS = 60.0  # a worker starts in about 0.2 s; a busy machine takes lo
 class DecodedVideo:
     """The whole clips of one video, in order, each uint8 [frames, H, W, 3]. They can be iterated once.
 
-    After the last clip, `problem` says what ended the video early, and `left` how many frames came after the last
-    whole clip. After a crash `left` is 0: nobody knows.
+    No clip goes over a cut. After the last clip, `problem` says what ended the video early, and `left` how many frames
+    are in no clip: those after the last one, and those before cuts. After a crash `left` is 0: nobody knows.
     """
 
     def __init__(self, span: Span, worker: "_Worker"):
         self.span = span
         self.problem: Problem | None = None
         self.left = 0
+        self.begin = 0  # the number of the frame, from the span's start on, with which the last taken clip begins
         self.picture: tuple[int, int] | None = None  # (height, width), if only that was asked for
         self.room = 0.0  # seconds in which a clip can begin, as far as the video declares its length
         self._passed = 0  # clips that the worker has given
         self._worker = worker
         # The worker's lock guards these.
-        self._clips: deque[np.ndarray] = deque()  # decoded, and not yet taken
+        self._clips: deque[tuple[np.ndarray, int]] = deque()  # decoded, and not yet taken, with their begin
         self._wanted = False  # the consumer waits for a clip
         self._ended = False  # no clip comes after those in _clips
         self._dropped = False  # the consumer wants no more
@@ -69,7 +70,8 @@ class DecodedVideo:
             if self._clips:
                 worker.held -= 1
                 worker.changed.notify_all()
-                return self._clips.popleft()
+                clip, self.begin = self._clips.popleft()
+                return clip
             if self._ended:
                 raise StopIteration
             raise RuntimeError(worker.error or "the decoders are closed")
@@ -249,7 +251,7 @@ class _Worker:
                 while "left" not in (message := process.message(self.seconds)):
                     if message["clip"]:
                         self._wait_for_room(video)
-                        self._pass_on(video)
+                        self._pass_on(video, int(message["begin"]))
                 return message
             except EOFError:
                 enough = video._passed == video.span.clips  # it died before it said that this is all
@@ -299,7 +301,7 @@ class _Worker:
             if video._dropped or self.closing:
                 raise _Dropped
 
-    def _pass_on(self, video: DecodedVideo) -> None:
+    def _pass_on(self, video: DecodedVideo, begin: int) -> None:
         clip = np.empty((video.span.frames, *video.span.size, 3), np.uint8)
         self._running().read_into(clip)
         with self.changed:
@@ -307,7 +309,7 @@ class _Worker:
                 raise _Dropped
             self.held += 1
             video._passed += 1
-            video._clips.append(clip)
+            video._clips.append((clip, begin))
             self.changed.notify_all()
 
     def _running(self) -> WorkerProcess:

@@ -16,11 +16,13 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from data_prep.cuts import frames_of_cuts, mark_cuts
 from data_prep.tars import Region
 from data_prep.video import Problem, VideoError, declared_seconds, picture_size, read_frames
 
@@ -42,6 +44,8 @@ class Span:
     place: float | None = None  # begin at this share of the room between start and end, see `DecodedVideo.room`
     stride: int | None = None  # a clip begins every so many frames; None: where the one before ends
     region: tuple[int, int] | None = None  # (offset, size) of the video in the file; None: it is the whole file
+    cuts: tuple[float, ...] = ()  # seconds at which a scene begins: no clip goes over one
+    cut_threshold: float = 0.0  # of the detector in `cuts.py`, for other cuts; 0: there is none
     only_size: bool = False  # no clip is wanted, only the size of the picture: `DecodedVideo.picture`
 
     def __post_init__(self) -> None:
@@ -96,21 +100,28 @@ def room_of(span: Span) -> float:
 def decode(span: Span, send: Callable[..., None], memory_gib: float) -> tuple[Problem | None, int]:
     """Sends every whole clip; of those that are left out, only that they are made. Returns problem and frames left."""
     clips = filled = after = 0  # filled: frames of the next clip, below 0 before it begins; after: those after a clip
+    lost = longest = 0  # frames after a clip and before a cut: all of them, and the most
     stride = span.stride or span.frames
+    given = frames_of_cuts(span.cuts, span.start, span.fps)
     try:
         clip = np.empty((span.frames, *span.size, 3), np.uint8)
         frames: Any = read_frames(span.video, span.fps, span.size, span.start, span.end)
         with contextlib.closing(frames):
-            for frame in frames:
+            marked = mark_cuts(frames, span.cut_threshold) if span.cut_threshold else zip(frames, repeat(False))
+            for number, (frame, cut) in enumerate(marked):
+                if cut or number in given:
+                    lost, longest = lost + after, max(longest, after)
+                    filled = after = 0
+                    send({"clip": False})  # a sign of life: there may be many cuts, and no clip
                 if filled >= 0:
                     clip[filled] = frame
                 elif filled % span.frames == 0:
-                    send({"clip": False})  # a sign of life in a long gap
+                    send({"clip": False})  # another, in a long gap
                 filled, after = filled + 1, after + 1
                 if filled == span.frames:
                     clips, filled, after = clips + 1, span.frames - stride, 0
                     if clips > span.skip:
-                        send({"clip": True}, clip.data.cast("B"))
+                        send({"clip": True, "begin": number + 1 - span.frames}, clip.data.cast("B"))
                     else:
                         send({"clip": False})
                     if span.clips is not None and clips == span.skip + span.clips:
@@ -118,8 +129,11 @@ def decode(span: Span, send: Callable[..., None], memory_gib: float) -> tuple[Pr
                     for n in range(filled):  # the next clip begins with these
                         clip[n] = clip[n + stride]
     except Exception as error:
-        return problem_of(error, memory_gib), after
-    return (None if clips else Problem("too short", f"{after} of {span.frames} frames")), after
+        return problem_of(error, memory_gib), lost + after
+    if clips:
+        return None, lost + after
+    between = " between cuts" if lost else ""
+    return Problem("too short", f"{max(longest, after)} of {span.frames} frames{between}"), lost + after
 
 
 def look(span: Span, memory_gib: float) -> tuple[tuple[int, int] | None, Problem | None]:

@@ -28,6 +28,7 @@ from data_prep.buckets import mixture, parse_buckets, size_name
 from data_prep.card import read_card
 from data_prep.codecs import Codec, open_codec
 from data_prep.command import GO_ON, counted, run_command
+from data_prep.cuts import THRESHOLD
 from data_prep.default_codec import CODEC_FILE, DefaultCodec
 from data_prep.encode_parts import NoClip, Tally, encode_parts, finish
 from data_prep.encode_settings import EncodeSettings, codec_record
@@ -225,6 +226,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--drop-duplicates", action="store_true", help="of videos with the same bytes keep the first")
     parser.add_argument("--frames", type=int, default=81, help="frames per clip, 1 + 4k (default 81)")
     parser.add_argument("--stride", type=int, default=0, help="a clip begins every so many frames (default: --frames)")
+    parser.add_argument(
+        "--cuts",
+        type=float,
+        nargs="?",
+        const=THRESHOLD,
+        default=0.0,
+        metavar="THRESHOLD",
+        help=f"no clip goes over a scene cut: a change of at least THRESHOLD of 255 (default {THRESHOLD:g})",
+    )
     parser.add_argument("--codec", default="default", help="default, default:FOLDER or wan:FOLDER")
     parser.add_argument("--text", default="default", help="default or umt5:FOLDER")
     parser.add_argument("--samples-per-shard", type=int, default=256, help="at most (default 256)")
@@ -261,6 +271,7 @@ def encode_as_asked(options: argparse.Namespace) -> None:
         precision=options.precision,
         stride=options.stride,
         buckets=buckets,
+        cuts=options.cuts,
         drop_duplicates=options.drop_duplicates,
         device=device,
         workers=options.workers,

@@ -97,7 +97,7 @@ def encode_video(
                 problem = Problem("not encodable", one_line(error))
                 break
             try:
-                writer.add(row, clips, latent, texts, clip_meta(row, clips, codec, settings))
+                writer.add(row, clips, latent, texts, clip_meta(row, video.begin, codec, settings))
             except ValueError as error:
                 problem = Problem("not finite", str(error))
                 break
@@ -118,10 +118,10 @@ def failure_of(row: Row, problem: Problem, clips: int) -> dict:
     return {"source": row.source, **span, "reason": problem.reason, "detail": problem.detail, "samples": clips}
 
 
-def clip_meta(row: Row, number: int, codec: Codec, settings: EncodeSettings) -> dict:
-    """The JSON of clip `number` of a video."""
+def clip_meta(row: Row, begin: int, codec: Codec, settings: EncodeSettings) -> dict:
+    """The JSON of the clip that begins with frame number `begin` of a video, from its start on."""
     fps, frames = settings.whole_fps, settings.frames
-    start = row.start + number * settings.clip_stride / fps
+    start = row.start + begin / fps
     return {
         "caption": row.caption,
         **({"captions": list(row.captions)} if row.captions else {}),

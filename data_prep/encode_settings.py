@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from data_prep.buckets import Size, size_name
 from data_prep.codecs import Codec
+from data_prep.cuts import THRESHOLD
 from data_prep.decoder_worker import Span
 from data_prep.geometry import LatentGeometry
 from data_prep.sources import Row, fingerprints
@@ -24,6 +25,7 @@ class EncodeSettings:
     precision: str = "auto"  # of the Wan VAE: auto, bf16 or fp32
     stride: int = 0  # a clip begins every so many frames; 0: every `frames`
     buckets: tuple[Size, ...] = ()  # a dataset for each of these sizes
+    cuts: float = 0.0  # threshold of the detector of scene cuts, see `cuts.py`; 0: there is none
     drop_duplicates: bool = False  # videos with the same bytes and span are left out but for the first
 
     # These don't change the dataset.
@@ -38,6 +40,8 @@ class EncodeSettings:
             geometry.latent_shape(self.frames, *size)
         if not 0.01 <= self.fps <= 1000:
             raise ValueError(f"fps {self.fps}: must be from 0.01 to 1000")
+        if not (self.cuts == 0 or 0.1 <= self.cuts <= 255):
+            raise ValueError(f"cuts {self.cuts}: a threshold from 0.1 to 255, such as {THRESHOLD:g}")
         if self.stride < 0:
             raise ValueError(f"stride {self.stride}: must be at least 1")
         for name in ("samples_per_shard", "videos_per_part", "workers"):
@@ -62,6 +66,7 @@ class EncodeSettings:
         `rows` are those of the whole source, also for a bucket.
         """
         chosen: dict = {"buckets": ",".join(map(size_name, self.buckets))} if self.buckets else {}
+        chosen |= {"cuts": self.cuts} if self.cuts else {}
         chosen |= {"drop_duplicates": True} if self.drop_duplicates else {}
         return {
             "fps": self.whole_fps,
@@ -88,4 +93,16 @@ def codec_record(codec: Codec | None) -> str:
 def span_of(row: Row, settings: EncodeSettings, skip: int) -> Span:
     """What to decode of a video: all whole clips but the first `skip`."""
     size, frames, stride = row.size or settings.size, settings.frames, settings.clip_stride
-    return Span(row.path, settings.fps, size, frames, row.start, row.end, skip=skip, stride=stride, region=row.region)
+    return Span(
+        row.path,
+        settings.fps,
+        size,
+        frames,
+        row.start,
+        row.end,
+        skip=skip,
+        stride=stride,
+        region=row.region,
+        cuts=row.cuts,
+        cut_threshold=settings.cuts,
+    )

@@ -23,7 +23,7 @@ SUFFIXES = frozenset(
     ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .gif".split()  # noqa: SIM905
 )
 MANIFESTS = (".jsonl", ".csv", ".parquet")
-COLUMNS = ("video", "caption", "captions", "start", "end")  # of a manifest
+COLUMNS = ("video", "caption", "captions", "start", "end", "cuts")  # of a manifest
 DUPLICATE = "duplicate"  # the reason of a video that is left out since another one has the same content
 LARGEST_TEXT = 1 << 20  # bytes of a caption or JSON in a tar
 
@@ -41,6 +41,7 @@ class Row:
     problem: str = ""  # why it cannot be used, if that is known already
     captions: tuple[str, ...] = ()  # all of them, if there are several
     region: tuple[int, int] | None = None  # (offset, size) of the video in the file; None: it is the whole file
+    cuts: tuple[float, ...] = ()  # seconds at which a scene begins, as the source says
     size: tuple[int, int] | None = None  # (height, width) of its bucket in pixels, if there are buckets
     reason: str = ""  # of the problem, where it is not "unreadable"
 
@@ -82,7 +83,8 @@ def fingerprints(rows: list[Row]) -> dict[str, str]:
     """SHA-256, in hexadecimal, of a source: its videos' names, captions and spans; and the sizes of their files."""
     source, sizes = hashlib.sha256(), hashlib.sha256()
     for row in rows:
-        source.update(json.dumps([row.source, row.caption, row.start, row.end, *row.captions]).encode())
+        cuts = [{"cuts": row.cuts}] if row.cuts else []
+        source.update(json.dumps([row.source, row.caption, row.start, row.end, *row.captions, *cuts]).encode())
         sizes.update(f"{bytes_of(row)} ".encode())
     return {"source": source.hexdigest(), "source_sizes": sizes.hexdigest()}
 
@@ -190,12 +192,12 @@ def _manifest_row(manifest: Path, index: int, line: int, entry: object) -> Row:
         has = f"; it has: {', '.join(map(str, entry))[:200]}" if isinstance(entry, dict) and entry else ""
         raise ValueError(f"{manifest} line {line}: no 'video'{has}")
     try:
-        captions, (start, end) = _captions("", entry), _span(entry)
+        captions, (start, end), cuts = _captions("", entry), _span(entry), _cuts(entry)
     except ValueError as error:
         raise ValueError(f"{manifest} line {line}: {error}") from None
-    return Row(
-        index, manifest.parent / video, as_utf8(video), captions[0], start, end, captions=captions[1:] and captions
-    )
+    several = captions[1:] and captions
+    path = manifest.parent / video
+    return Row(index, path, as_utf8(video), captions[0], start, end, captions=several, cuts=cuts)
 
 
 def _captions(first: str, entry: dict) -> tuple[str, ...]:
@@ -226,6 +228,15 @@ def _span(entry: dict) -> tuple[float, float | None]:
     if not (0 <= start < math.inf and (end is None or start < end < math.inf)):
         raise ValueError(f"need 0 <= start < end, got {start} and {end}")
     return start, end
+
+
+def _cuts(entry: dict) -> tuple[float, ...]:
+    """The "cuts" of an entry, in seconds, in order. Raises ValueError unless they are a list of finite numbers."""
+    cuts = entry.get("cuts") or []
+    numbers = isinstance(cuts, list) and all(isinstance(cut, (int, float)) and 0 <= cut < 1e9 for cut in cuts)
+    if not numbers or any(isinstance(cut, bool) for cut in cuts):
+        raise ValueError(f"cuts {str(cuts)[:100]!r} is not a list of seconds")
+    return tuple(sorted({float(cut) for cut in cuts}))
 
 
 # ---- webdataset shards
@@ -283,6 +294,7 @@ def _rows_of_tar(path: Path, shard: str) -> Iterator[Row]:
                     beside = [named[key + end] for end in (".txt", ".json") if key + end in named]
                     start, end, problem = 0.0, None, ""
                     captions: tuple[str, ...] = ("",)
+                    cuts: tuple[float, ...] = ()
                     try:
                         for one in (member, *beside):
                             if one.problem or counts[one.name] > 1:
@@ -290,17 +302,19 @@ def _rows_of_tar(path: Path, shard: str) -> Iterator[Row]:
                                 raise ValueError(what + (one.problem or "the tar holds it twice"))
                         if key == unsure:
                             raise ValueError("cut short: behind it the tar ends or is damaged")
-                        captions, start, end = _annotation(file.fileno(), beside)
+                        captions, start, end, cuts = _annotation(file.fileno(), beside)
                     except ValueError as error:
                         problem = str(error)
                     several, region = captions[1:] and captions, (member.offset, member.size)
-                    yield Row(0, path, as_utf8(f"{shard}/{name}"), captions[0], start, end, problem, several, region)
+                    yield Row(
+                        0, path, as_utf8(f"{shard}/{name}"), captions[0], start, end, problem, several, region, cuts
+                    )
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _annotation(file: int, members: list[Member]) -> tuple[tuple[str, ...], float, float | None]:
-    """(captions, start, end) from a sample's .txt and .json. Raises ValueError if they make no sense."""
+def _annotation(file: int, members: list[Member]) -> tuple[tuple[str, ...], float, float | None, tuple[float, ...]]:
+    """(captions, start, end, cuts) from a sample's .txt and .json. Raises ValueError if they make no sense."""
     text, entry = "", {}
     for member in members:
         suffix = os.path.splitext(member.name)[1]
@@ -317,4 +331,4 @@ def _annotation(file: int, members: list[Member]) -> tuple[tuple[str, ...], floa
         if not isinstance(entry, dict):
             raise ValueError(f"{suffix}: not an object")
     first = text.strip() or entry.get("caption") or entry.get("text") or ""
-    return _captions(str(first), entry), *_span(entry)
+    return _captions(str(first), entry), *_span(entry), _cuts(entry)

@@ -56,6 +56,11 @@ def eventually(condition, seconds=20.0):
     return False
 
 
+def started(pid):
+    """Whether a worker has set its limits, the last thing before it serves: until then its death costs no video."""
+    return str(8 << 30) in Path(f"/proc/{pid}/limits").read_text()
+
+
 def gone(pid):
     """Whether a process has ended; one that nobody has collected yet has, too."""
     try:
@@ -249,6 +254,7 @@ def test_a_killed_worker_costs_nothing_once(videos, more):
             for clip in video:
                 found.append(clip)
                 for pid in set(pids(decoders)) - killed if len(killed) < kills else ():
+                    assert eventually(lambda pid=pid: started(pid))
                     os.kill(pid, signal.SIGKILL)
                     assert eventually(lambda pid=pid: gone(pid))
                     killed.add(pid)
@@ -493,7 +499,7 @@ def test_errors_of_the_file_system(videos, monkeypatch):
         decoder_worker.serve(io.BytesIO(json.dumps(request).encode() + b"\n"), answers, 2.0)
         ready, head, rest = answers.getvalue().split(b"\n", 2)
         end = json.loads(rest[5 * 32 * 48 * 3 :])
-        assert json.loads(ready) == {"ready": True} and json.loads(head) == {"clip": True}
+        assert json.loads(ready) == {"ready": True} and json.loads(head) == {"clip": True, "begin": 0}
         assert end["left"] == 2 and end["problem"][0] == reason and detail in end["problem"][1]
 
 

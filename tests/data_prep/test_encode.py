@@ -507,7 +507,7 @@ def test_keys_of_a_manifest_that_are_not_read_are_named(videos, tmp_path, capsys
     assert f"{manifest}: not read are 'id' (line " in said and said.count("\n") == 1 and "\x1b" not in said
     assert "(line 2, 'caption' is meant?)" in said or kind != "jsonl"
     assert "'captoin' (line " in said and "'caption' is meant?" in said and ("cells behind" in said) == (kind == "csv")
-    assert said.endswith("the keys are video, caption, captions, start, end\n")
+    assert said.endswith("the keys are video, caption, captions, start, end, cuts\n")
     (videos / "vido.jsonl").write_text('{"vido": "a.mkv"}')
     with pytest.raises(ValueError, match="line 1: no 'video'; it has: vido"):
         encode.list_source(videos / "vido.jsonl")
