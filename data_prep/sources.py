@@ -16,7 +16,7 @@ from pathlib import Path
 from webdataset.shardlists import expand_urls
 
 from data_prep.command import printable
-from data_prep.tars import Member, tar_members
+from data_prep.tars import Member, Region, tar_members
 from data_prep.video import Problem
 
 SUFFIXES = frozenset(
@@ -44,6 +44,11 @@ class Row:
     cuts: tuple[float, ...] = ()  # seconds at which a scene begins, as the source says
     size: tuple[int, int] | None = None  # (height, width) of its bucket in pixels, if there are buckets
     reason: str = ""  # of the problem, where it is not "unreadable"
+
+    @property
+    def video(self) -> Path | Region:
+        """What `read_frames` reads."""
+        return Region(self.path, *self.region) if self.region else self.path
 
     @property
     def trouble(self) -> Problem | None:

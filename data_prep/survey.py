@@ -119,7 +119,7 @@ def hashes(rows: list[Row], workers: int) -> list[dict]:
     def one(row: Row) -> dict:
         digest = hashlib.sha256()
         try:
-            with Region(row.path, *row.region).open() if row.region else open(row.path, "rb") as file:
+            with row.video.open() if isinstance(row.video, Region) else open(row.video, "rb") as file:
                 while piece := file.read(READ):
                     digest.update(piece)
         except FileNotFoundError:
