@@ -221,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("out", help="folder to write the dataset to")
     parser.add_argument("--fps", type=float, default=16, help="frames per second of all clips (default 16)")
-    parser.add_argument("--size", help="HEIGHTxWIDTH, multiples of 16 (default 480x832)")
+    parser.add_argument("--size", help="HEIGHTxWIDTH, multiples of 16, or 32 for Wan 2.2 (default 480x832)")
     parser.add_argument("--buckets", metavar="SIZE,SIZE,...", help="a dataset for each size; each video goes to one")
     parser.add_argument("--drop-duplicates", action="store_true", help="of videos with the same bytes keep the first")
     parser.add_argument("--frames", type=int, default=81, help="frames per clip, 1 + 4k (default 81)")
