@@ -92,9 +92,9 @@ def piece_of(path: Path, rows: list[Row], unsure: list[bool], pictures: bool, wo
             todo[file_of(row)] = row
             to_hash |= {file_of(row)} if hash_it else set()
     if todo:
-        found = {file: Fact(bytes_of(row)) for file, row in todo.items()}
+        found = {file: Fact(bytes_of(row), problem=row.trouble) for file, row in todo.items()}
         for wanted, ask in ((set(todo) if pictures else set(), find_pictures), (to_hash, hashes)):
-            files = [file for file in todo if file in wanted and not (found[file].problem or todo[file].trouble)]
+            files = [file for file in todo if file in wanted and not found[file].problem]
             for file, answer in zip(files, ask([todo[file] for file in files], workers) if files else ()):
                 found[file] = found[file]._replace(**answer)
         known = [found.get(file_of(row), fact) for row, fact in zip(rows, known)]

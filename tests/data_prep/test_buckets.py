@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from data_prep.card import read_card
 from data_prep.decoder import Decoders
 from data_prep.decoder_worker import Span
 from data_prep.index import SampleIndex
+from data_prep.sources import list_source
 from data_prep.verify import verify
 from data_prep.video import VideoError, picture_size
 from rf_train.config import from_dict
@@ -189,6 +191,18 @@ def test_a_survey_goes_on_behind_its_last_whole_piece_and_is_not_made_again(vide
     assert content(out) == content(whole)
 
 
+def test_what_could_not_be_used_stays_so_for_all_jobs_until_retry(videos, tmp_path):
+    """A caption that could not be read, or a damaged tar, is mended while jobs run."""
+    (tmp_path / "data").mkdir()
+    good = next(row for row in list_source(videos) if row.source == "c tall.mp4")
+    bad = replace(good, problem="its caption: Input/output error")
+    buckets = parse_buckets(f"{WIDE},{TALL}")
+    for row, retry, size in ((bad, False, (32, 48)), (good, False, (32, 48)), (good, True, (48, 32))):
+        (found,) = survey.survey(tmp_path / "data", [row], buckets, False, 1, retry)
+        assert found.size == size and found.trouble == (None if retry else bad.trouble)
+
+
+@pytest.mark.slow
 def test_retry_moves_what_is_mended_into_its_own_bucket(videos, tmp_path, capsys):
     """What is read now may belong elsewhere; a bucket that has nothing any more goes."""
     shutil.copy(videos / "c tall.mp4", tmp_path / "good.mp4")
@@ -233,7 +247,7 @@ def test_a_bucket_without_a_clip_keeps_its_failures_and_a_source_without_one_is_
     for _ in range(2):
         assert run(videos, out) == 0
         captured = capsys.readouterr()
-        assert f"{TALL}: {videos}: no clip could be made from 1 videos: 1 too short" in captured.err
+        assert f"{TALL}: {videos}: no clip could be made from 1 video: 1 too short" in captured.err
         assert [one["source"] for one in failures(out / TALL)] == ["short.mp4"] and f"/{TALL}" not in captured.out
     bad = tmp_path / "bad"
     bad.mkdir()
