@@ -10,7 +10,6 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -19,7 +18,9 @@ import numpy as np
 from data_prep.codecs import Codec, open_codec
 from data_prep.command import run_command
 from data_prep.draw import DrawSettings, draw
-from data_prep.encode import EncodeSettings, default_workers, encode_parts
+from data_prep.encode import default_workers
+from data_prep.encode_parts import Tally, encode_parts
+from data_prep.encode_settings import EncodeSettings
 from data_prep.geometry import parse_size
 from data_prep.sources import list_source
 from data_prep.text import open_text
@@ -46,7 +47,7 @@ def bench(options: argparse.Namespace) -> None:
             work = Work(folder / f"data{turn}", rows, settings.videos_per_part)
             work.folder.mkdir()
             begin = time.perf_counter()
-            encode_parts(work, range(work.parts), codec, text, replace(settings))
+            encode_parts(work, range(work.parts), codec, text, settings, Tally(options.videos))
             middle = time.perf_counter()
             encode_alone(codec, frames, options.videos)
             if turn:

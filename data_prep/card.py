@@ -3,6 +3,8 @@
 It is written last: a folder without it is not a dataset. It holds its own hash, so an edited card is refused.
 """
 
+import contextlib
+import difflib
 import hashlib
 import json
 import os
@@ -70,11 +72,12 @@ def read_card(folder: str | Place) -> dict:
     place = place_of(folder)
     path = place / CARD
     if no_such_folder(place):
-        raise NotADataset(f"{folder}: no such folder")
+        raise NotADataset(f"{folder}: no such folder{datasets_near(place)}")
     try:
         text = read_whole(path)
     except FileNotFoundError:
-        raise NotADataset(f"{place}: not a dataset, it has no {CARD} (or its encoding is not finished)") from None
+        what = f"not a dataset, it has no {CARD} (or its encoding is not finished)"
+        raise NotADataset(f"{place}: {what}{datasets_near(place)}") from None
     except OSError as error:
         raise ValueError(f"{path}: not readable ({error.strerror or error})") from None
     try:
@@ -83,6 +86,23 @@ def read_card(folder: str | Place) -> dict:
         raise ValueError(f"{path}: not JSON ({error})") from None
     validate_card(card, path)
     return card
+
+
+def datasets_near(place: Place) -> str:
+    """What to read in place of a local folder that is no dataset: those in it, or names like its own; "" if none."""
+    if not isinstance(place, Path):
+        return ""
+    within = place.is_dir()
+    with contextlib.suppress(OSError):
+        folder = place if within else place.parent
+        names = sorted(path.parent.name for path in folder.glob(f"*/{CARD}"))
+        if within and names:
+            more = ", ..." if len(names) > 5 else ""
+            return f"; there are datasets in it: {', '.join(names[:5])}{more}"
+        near = difflib.get_close_matches(place.name, names, 3)
+        if near and not within:
+            return f"; near it is {', '.join(str(place.parent / name) for name in near)}"
+    return ""
 
 
 def card_geometry(card: dict) -> LatentGeometry:

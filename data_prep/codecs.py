@@ -1,6 +1,6 @@
 """Codecs: pixels to latents and back.
 
-All codecs have Wan's geometry. They are causal in time, in both directions. So a longer video starts with the same
+Each has its own geometry. All are causal in time, in both directions. So a longer video starts with the same
 latents, and decodes to the same first frames.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from data_prep.card import read_card
 from data_prep.default_codec import CODEC_FILE, DefaultCodec
 from data_prep.geometry import LatentGeometry
-from data_prep.places import Place, local_copy, local_folder, place_of
+from data_prep.places import Place, checked_copy, local_folder, place_of
 from data_prep.wan_codec import WanCodec
 
 
@@ -77,12 +77,7 @@ def _built_in(path: Place, card: dict) -> DefaultCodec:
         except ValueError:
             return False
 
-    try:
-        file = path if isinstance(path, Path) else local_copy(path, card["codec"]["hash"], is_whole)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file, expected a default codec") from None
-    except OSError as error:
-        raise ValueError(f"{path}: not readable ({error.strerror or error})") from None
-    if file is None:
-        raise ValueError(f"{path}: not the codec that the card names, or damaged")
-    return DefaultCodec.load(file)
+    if isinstance(path, Path):
+        return DefaultCodec.load(path)
+    missing, damaged = "no such file, expected a default codec", "not the codec that the card names, or damaged"
+    return DefaultCodec.load(checked_copy(path, card["codec"]["hash"], is_whole, missing, damaged))

@@ -1,23 +1,48 @@
 """How every command ends: its exit code, and one line for whatever went wrong."""
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 
 UNFORESEEN, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
 GO_ON = 75  # exit code of what was stopped in time: the same command goes on
+GOES_ON = "the same command goes on where it stopped"
 
 
-def run_command(action: Callable[[], object]) -> int:
-    """Runs a command. Returns its exit code: 0; 2 after one line that says what is wrong; 130 when interrupted."""
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a batch system sends it before it kills."""
+
+
+def run_command(action: Callable[[], object], go_on: str = "") -> int:
+    """Runs a command. Returns its exit code: 0; 2 after one line that says what is wrong; 130 when interrupted.
+
+    `go_on`: how to go on after that. With it, SIGTERM is taken as an interruption, too, and the code is 75.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        raise Terminated
+
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if go_on and on_main_thread else None
+    try:
+        return _run(action, f"; {go_on}" if go_on else "")
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _run(action: Callable[[], object], go_on: str) -> int:
     try:
         action()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as error:
+        stopped = isinstance(error, Terminated)
+        print(f"{'stopped by SIGTERM' if stopped else 'interrupted'}{go_on}", file=sys.stderr)
+        return GO_ON if stopped else INTERRUPTED
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
@@ -32,6 +57,11 @@ def one_line(error: BaseException) -> str:
 def printable(text: str) -> str:
     """`text` with escapes for what a terminal would obey or can't show, such as control characters in a file's name."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def counted(count: int, thing: str) -> str:
+    """A count with its noun, such as "1 shard" and "1,000 shards"."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def require_finite(**numbers: float) -> None:

@@ -1,105 +1,46 @@
 """Decodes videos in worker processes, ahead of whoever needs the clips.
 
 A file that crashes FFmpeg, hangs it, or makes it eat memory ends one worker, and not the job. `Decoders` is the
-caller's side. `python -m data_prep.decoder MEMORY_GIB` is a worker: it reads requests on stdin, a line of JSON each (a
-`Span`). To each it answers on stdout with clips, and then the end. A message is a line of JSON; a clip's raw bytes
-follow its line. The first message says that the worker has started.
-
-The JSON is plain ASCII, so that file names that are not UTF-8 pass: Python holds their bytes as surrogates.
+caller's side; `decoder_worker.py` is a worker.
 """
 
-import contextlib
-import ctypes
-import errno
-import fcntl
-import io
 import json
 import os
-import resource
-import select
-import signal
-import subprocess
 import sys
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_prep.tars import Region
-from data_prep.video import VideoError, declared_seconds, read_frames
+from data_prep.decoder_process import MODULE, WorkerProcess
+from data_prep.decoder_worker import Span, in_words
+from data_prep.video import Problem
 
 STARTS = 3  # so many workers may fail to start in a row
 _START_SECONDS = 60.0  # a worker starts in about 0.2 s; a busy machine takes longer
-_PIPE_BYTES = 1 << 20  # what Linux allows without privileges
-_LINE_BYTES = 1 << 16  # no message's line is longer
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-_MODULE = "data_prep.decoder"
-_HOME = str(Path(__file__).resolve().parent.parent)  # where the package is found
-
-
-@dataclass(frozen=True)
-class Span:
-    """The part of a video to decode, as `read_frames` takes it, and how to cut it into clips."""
-
-    path: Path
-    fps: float
-    size: tuple[int, int]  # (height, width) in pixels
-    frames: int  # frames of a clip
-    start: float = 0.0  # seconds
-    end: float | None = None
-    clips: int | None = None  # at most so many clips, then the video is left alone; None: all
-    skip: int = 0  # clips that are decoded and left out, before all others
-    place: float | None = None  # begin at this share of the room between start and end, see `DecodedVideo.room`
-    stride: int | None = None  # a clip begins every so many frames; None: where the one before ends
-    region: tuple[int, int] | None = None  # (offset, size) of the video in the file; None: it is the whole file
-
-    def __post_init__(self) -> None:
-        if not (self.fps > 0 and self.start >= 0 and (self.end is None or self.start < self.end)):
-            detail = f"fps {self.fps}, start {self.start} and end {self.end}"
-            raise ValueError(f"{self.path}: {detail}: need fps > 0 and 0 <= start < end")
-        if any(count is not None and count < 1 for count in (self.frames, self.clips, self.stride)):
-            detail = f"frames {self.frames}, clips {self.clips} and stride {self.stride}"
-            raise ValueError(f"{self.path}: {detail} must be at least 1")
-
-    @property
-    def video(self) -> Path | Region:
-        """What `read_frames` reads."""
-        return Region(self.path, *self.region) if self.region else self.path
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What ended a video early.
-
-    reason: one of `VideoError`'s, or "too short" (for one clip), "unreadable" (the file system says no) or "too large"
-    (for the worker's memory). "undecodable" is also what crashes a worker, or takes too long.
-    """
-
-    reason: str
-    detail: str
 
 
 class DecodedVideo:
     """The whole clips of one video, in order, each uint8 [frames, H, W, 3]. They can be iterated once.
 
-    After the last clip, `problem` says what ended the video early, and `left` how many frames came after the last
-    whole clip. After a crash `left` is 0: nobody knows.
+    No clip goes over a cut. After the last clip, `problem` says what ended the video early, and `left` how many frames
+    are in no clip: those after the last one, and those before cuts. After a crash `left` is 0: nobody knows.
     """
 
     def __init__(self, span: Span, worker: "_Worker"):
         self.span = span
         self.problem: Problem | None = None
         self.left = 0
+        self.begin = 0  # the number of the frame, from the span's start on, with which the last taken clip begins
+        self.picture: tuple[int, int] | None = None  # (height, width), if only that was asked for
         self.room = 0.0  # seconds in which a clip can begin, as far as the video declares its length
         self._passed = 0  # clips that the worker has given
         self._worker = worker
         # The worker's lock guards these.
-        self._clips: deque[np.ndarray] = deque()  # decoded, and not yet taken
+        self._clips: deque[tuple[np.ndarray, int]] = deque()  # decoded, and not yet taken, with their begin
         self._wanted = False  # the consumer waits for a clip
         self._ended = False  # no clip comes after those in _clips
         self._dropped = False  # the consumer wants no more
@@ -129,7 +70,8 @@ class DecodedVideo:
             if self._clips:
                 worker.held -= 1
                 worker.changed.notify_all()
-                return self._clips.popleft()
+                clip, self.begin = self._clips.popleft()
+                return clip
             if self._ended:
                 raise StopIteration
             raise RuntimeError(worker.error or "the decoders are closed")
@@ -213,39 +155,11 @@ class Decoders:
             video._worker.drop(video)
 
 
-# ---- the caller's side of one worker
+# ---- one worker
 
 
 class _Dropped(Exception):
     """The consumer wants no more clips of this video."""
-
-
-class _Answers(io.RawIOBase):
-    """A worker's stdout. Reading raises TimeoutError once all waiting since `allow` exceeds its seconds.
-
-    Waiting is counted in steps of at most 1 s. So the time in which this process itself is stopped doesn't count.
-    """
-
-    def __init__(self, fd: int):
-        self._fd = fd
-        self._poll = select.poll()
-        self._poll.register(fd, select.POLLIN)
-        self._seconds = 0.0
-
-    def allow(self, seconds: float) -> None:
-        self._seconds = seconds
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while self._seconds > 0:
-            step, began = min(1.0, self._seconds), time.monotonic()
-            ready = self._poll.poll(1000 * step)
-            self._seconds -= min(step, time.monotonic() - began) if ready else step
-            if ready:
-                return os.readv(self._fd, [buffer])
-        raise TimeoutError
 
 
 class _Worker:
@@ -253,11 +167,9 @@ class _Worker:
 
     def __init__(self, ahead: int, seconds: float, memory_gib: float):
         self.ahead, self.seconds, self.memory_gib = ahead, seconds, memory_gib
-        self.process: subprocess.Popen | None = None
+        self.process: WorkerProcess | None = None
         # The thread starts the processes, since the kernel ends them with the thread that started them.
         self.thread = threading.Thread(target=self._run, name="decoder", daemon=True)
-        self._raw: _Answers
-        self._answers: io.BufferedReader
         # This lock guards the fields below, the videos' fields, and the start of a process.
         self.changed = threading.Condition()
         self.queue: deque[DecodedVideo] = deque()
@@ -314,7 +226,7 @@ class _Worker:
                 self._decode(video)
         except Exception as error:
             with self.changed:
-                self.error = _one_line(error) if not isinstance(error, RuntimeError) else str(error)
+                self.error = in_words(error) if not isinstance(error, RuntimeError) else str(error)
                 self.changed.notify_all()
         finally:
             self._stop()
@@ -333,17 +245,19 @@ class _Worker:
     def _collect(self, video: DecodedVideo) -> dict:
         """Passes on the clips of a video. Returns the worker's last message. Raises EOFError when the worker dies."""
         for tries in (1, 2):
+            process = self._running()
             try:
-                self._send(video._request())
-                while "left" not in (message := self._message(self.seconds)):
+                process.send(video._request())
+                while "left" not in (message := process.message(self.seconds)):
                     if message["clip"]:
                         self._wait_for_room(video)
-                        self._pass_on(video)
+                        self._pass_on(video, int(message["begin"]))
                 return message
             except EOFError:
                 enough = video._passed == video.span.clips  # it died before it said that this is all
-                if tries == 2 or enough or not self._was_killed():
+                if tries == 2 or enough or not process.was_killed():
                     raise
+                self._stop()
                 self._start(video)
         raise AssertionError
 
@@ -351,11 +265,14 @@ class _Worker:
         """Has the process decode a video, and passes on its clips. All that goes wrong with it ends only this video."""
         problem, left, room, stop = None, 0, 0.0, False
         try:
-            if self.process is None or self.process.poll() is not None:  # dead without work: no video's fault
+            if self.process is None or self.process.has_ended:  # dead without work: no video's fault
                 self._stop()
                 self._start(video)
             message = self._collect(video)
             left, room = int(message["left"]), float(message["room"])
+            if message.get("picture") is not None:
+                height, width = message["picture"]
+                video.picture = int(height), int(width)
             if message["problem"] is not None:
                 problem = Problem(*map(str, message["problem"]))
                 stop = problem.reason == "too large"  # what it still holds is not known
@@ -384,31 +301,20 @@ class _Worker:
             if video._dropped or self.closing:
                 raise _Dropped
 
-    def _pass_on(self, video: DecodedVideo) -> None:
+    def _pass_on(self, video: DecodedVideo, begin: int) -> None:
         clip = np.empty((video.span.frames, *video.span.size, 3), np.uint8)
-        if self._answers.readinto(clip.data.cast("B")) < clip.nbytes:
-            raise EOFError
+        self._running().read_into(clip)
         with self.changed:
             if video._dropped:
                 raise _Dropped
             self.held += 1
             video._passed += 1
-            video._clips.append(clip)
+            video._clips.append((clip, begin))
             self.changed.notify_all()
 
-    def _send(self, request: bytes) -> None:
-        assert self.process is not None and self.process.stdin is not None
-        try:
-            self.process.stdin.write(request)
-        except BrokenPipeError:
-            raise EOFError from None
-
-    def _message(self, seconds: float) -> dict:
-        self._raw.allow(seconds)
-        line = self._answers.readline(_LINE_BYTES)
-        if not line.endswith(b"\n"):
-            raise EOFError
-        return json.loads(line)
+    def _running(self) -> WorkerProcess:
+        assert self.process is not None
+        return self.process
 
     def _start(self, video: DecodedVideo) -> None:
         """Starts a process and waits until it is ready. Raises RuntimeError if none of several starts."""
@@ -416,7 +322,7 @@ class _Worker:
         for _ in range(STARTS):
             try:
                 self._open(video)
-                self._message(max(self.seconds, _START_SECONDS))
+                self._running().message(max(self.seconds, _START_SECONDS))
                 return
             except EOFError:
                 how = self._death("")
@@ -427,168 +333,24 @@ class _Worker:
             except ValueError:
                 how = "it prints something else"
             self._stop()
-        command = f"{sys.executable} -m {_MODULE}"
+        command = f"{sys.executable} -m {MODULE}"
         raise RuntimeError(f"the video decoder does not start ({how}); run `{command}` to see why")
 
     def _open(self, video: DecodedVideo) -> None:
         with self.changed:  # so that close() and drop() can't miss it
             if video._dropped or self.closing:
                 raise _Dropped
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", _MODULE, str(self.memory_gib)],
-                bufsize=0,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                cwd=_HOME,
-                env=_environment(),
-            )
-            assert self.process.stdout is not None
-            fd = self.process.stdout.fileno()
-            with contextlib.suppress(AttributeError, OSError):  # not on this system, or this user's pipes are too large
-                fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-            self._raw = _Answers(fd)
-            self._answers = io.BufferedReader(self._raw)
-
-    def _was_killed(self) -> bool:
-        """Whether SIGKILL ended the process. If so, it is put away."""
-        process = self.process
-        if process is None:
-            return False
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(1.0)
-        if process.returncode != -signal.SIGKILL:
-            return False
-        self._stop()
-        return True
+            self.process = WorkerProcess(self.memory_gib)
 
     def _death(self, by_signal: str) -> str:
-        """What ended the process, in words."""
-        process = self.process
+        """Ends the process. Returns what had ended it, in words."""
+        process = self._running()
         self._stop(patience=1.0)
-        status = process.returncode if process else None
-        if status is None:
-            return "the decoder can't be ended"
-        if status < 0:
-            with contextlib.suppress(ValueError):
-                return by_signal + signal.Signals(-status).name
-            return f"{by_signal}signal {-status}"
-        return f"the decoder ended with status {status}"
+        return process.death(by_signal)
 
     def _stop(self, patience: float = 0.0) -> None:
-        """Ends the process. It has `patience` seconds to end by itself."""
-        process = self.process
-        if process is None:
-            return
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
-        process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)  # longer only if it is stuck in the kernel
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                pipe.close()
-        with self.changed:
-            self.process = None
-
-
-def _environment() -> dict[str, str]:
-    """The environment of a worker: it finds this package, wherever this process was started."""
-    paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([_HOME, *paths]), **threads}
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
-
-
-# ---- the worker
-
-
-def serve(requests: BinaryIO, answers: BinaryIO, memory_gib: float) -> None:
-    """Answers every request, until there are no more."""
-
-    def send(message: dict, data: memoryview | None = None) -> None:
-        for view in (memoryview(json.dumps(message).encode("ascii") + b"\n"), data):
-            while view:  # one write takes at most 2 GiB
-                view = view[answers.write(view) :]
-
-    send({"ready": True})
-    for line in requests:
-        entry = json.loads(line)
-        span = Span(**entry | {"path": Path(entry["path"]), "size": tuple(entry["size"])})
-        room = room_of(span)
-        span = replace(span, start=span.start + (span.place or 0.0) * room)
-        problem, left = decode(span, send, memory_gib)
-        send({"problem": problem and [problem.reason, problem.detail], "left": left, "room": room})
-
-
-def room_of(span: Span) -> float:
-    """Seconds in which a clip of the span can begin. 0 if nobody asks for a `place`, or the length is not known."""
-    if span.place is None:
-        return 0.0
-    end = span.end or declared_seconds(span.video) or 0.0
-    return max(0.0, end - span.start - span.frames / span.fps)
-
-
-def decode(span: Span, send: Callable[..., None], memory_gib: float) -> tuple[Problem | None, int]:
-    """Sends every whole clip; of those that are left out, only that they are made. Returns problem and frames left."""
-    clips = filled = after = 0  # filled: frames of the next clip, below 0 before it begins; after: those after a clip
-    stride = span.stride or span.frames
-    too_large = Problem("too large", f"needs more than {memory_gib:g} GiB of memory")
-    try:
-        clip = np.empty((span.frames, *span.size, 3), np.uint8)
-        frames: Any = read_frames(span.video, span.fps, span.size, span.start, span.end)
-        with contextlib.closing(frames):
-            for frame in frames:
-                if filled >= 0:
-                    clip[filled] = frame
-                elif filled % span.frames == 0:
-                    send({"clip": False})  # a sign of life in a long gap
-                filled, after = filled + 1, after + 1
-                if filled == span.frames:
-                    clips, filled, after = clips + 1, span.frames - stride, 0
-                    if clips > span.skip:
-                        send({"clip": True}, clip.data.cast("B"))
-                    else:
-                        send({"clip": False})
-                    if span.clips is not None and clips == span.skip + span.clips:
-                        return None, 0
-                    for n in range(filled):  # the next clip begins with these
-                        clip[n] = clip[n + stride]
-    except VideoError as error:
-        if error.detail.startswith(os.strerror(errno.ENOMEM)):
-            return too_large, after
-        return Problem(error.reason, error.detail), after
-    except MemoryError:
-        return too_large, after
-    except OSError as error:
-        return Problem("unreadable", error.strerror or _one_line(error)), after
-    except Exception as error:
-        return Problem("undecodable", _one_line(error)), after
-    return (None if clips else Problem("too short", f"{after} of {span.frames} frames")), after
-
-
-def main() -> None:
-    """A worker process."""
-    memory_gib = float(sys.argv[1]) if len(sys.argv) > 1 else 8.0
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which decides
-    with contextlib.suppress(AttributeError, OSError):  # only Linux has it; elsewhere the closed pipes end a worker
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    for kind, limit in ((resource.RLIMIT_AS, int(memory_gib * 2**30)), (resource.RLIMIT_CORE, 0)):
-        with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
-            hard = resource.getrlimit(kind)[1]
-            limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-            resource.setrlimit(kind, (limit, limit))
-    # Whatever prints from now on, and whatever reads stdin, must not touch the two pipes.
-    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
-    with contextlib.suppress(BrokenPipeError):
-        serve(requests, answers, memory_gib)
-
-
-if __name__ == "__main__":
-    main()
+        """Ends the process, if there is one. It has `patience` seconds to end by itself."""
+        if self.process is not None:
+            self.process.end(patience)
+            with self.changed:
+                self.process = None

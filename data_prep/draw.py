@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.command import require_finite, run_command
+from data_prep.command import GOES_ON, require_finite, run_command
 from data_prep.files import write_atomic
 from data_prep.geometry import parse_size
 from data_prep.video import write_video
@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kinds", default=",".join(KINDS), help="kinds of shapes (default: %(default)s)")
     parser.add_argument("--colours", default=",".join(PALETTE), help="their colours (default: %(default)s)")
     options = parser.parse_args(arguments)
-    return run_command(lambda: draw_as_asked(options))
+    return run_command(lambda: draw_as_asked(options), GOES_ON)
 
 
 def draw_as_asked(options: argparse.Namespace) -> None:

@@ -6,22 +6,30 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 
 def temporary_beside(path: str | Path) -> Path:
     """A name for a file that becomes `path` when it is whole. No two processes, on any machine, have the same."""
     path = Path(path)
-    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    return path.with_name(f"{path.name}.{_machine()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
 def is_abandoned(temporary: Path) -> bool:
-    """Whether the maker of a `temporary_beside` is gone. On another machine: whether an hour has passed in silence."""
-    name, _, process = temporary.name.removesuffix(".tmp").rpartition(".")
-    if name.endswith(f".{socket.gethostname()}") and process.isdigit():
+    """Whether the maker of a `temporary_beside` is gone.
+
+    It is known by the number of its process, where such numbers mean the same as here: on this machine since its last
+    start, and in this container. Anywhere else, whether an hour has passed in silence.
+    """
+    name, process = temporary.name.split("."), ""
+    if len(name) > 4 and name[-4] == _machine():
+        process = name[-3]
+    if process.isdigit():
         try:
             os.kill(int(process), 0)
         except ProcessLookupError:
@@ -30,6 +38,15 @@ def is_abandoned(temporary: Path) -> bool:
             return False
         return int(process) == os.getpid()
     return time.time() - temporary.stat().st_mtime > 3600
+
+
+@cache
+def _machine() -> str:
+    """What the number of a process refers to: the host, since its last start, and the container's own numbers."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # only Linux has these
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
 def write_atomic(path: str | Path, data: bytes | bytearray | str) -> None:

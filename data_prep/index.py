@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.files import sha256_of_file, write_atomic
-from data_prep.places import Place, local_copy, place_of
+from data_prep.places import Place, checked_copy, place_of
 from data_prep.shards import Entry
 
 INDEX = "samples.npy"
@@ -51,14 +51,8 @@ class SampleIndex:
         def is_whole(file: Path) -> bool:
             return file.stat().st_size == card["index"]["bytes"] and sha256_of_file(file) == card["index"]["sha256"]
 
-        try:
-            file = local_copy(path, card["index"]["sha256"], is_whole)
-        except FileNotFoundError:
-            raise ValueError(f"{path}: missing, but the card names it") from None
-        except OSError as error:
-            raise ValueError(f"{path}: not readable ({error.strerror or error})") from None
-        if file is None:
-            raise ValueError(f"{path}: not the index that the card names, or damaged; encode again to write it anew")
+        damaged = "not the index that the card names, or damaged; encode again to write it anew"
+        file = checked_copy(path, card["index"]["sha256"], is_whole, "missing, but the card names it", damaged)
         try:
             self.rows = np.load(file, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:

@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.card import CARD, SCHEMA, read_card, write_card
-from data_prep.command import printable, run_command
+from data_prep.command import GOES_ON, printable, run_command
 from data_prep.default_codec import CODEC_FILE
 from data_prep.files import locked, sha256_of_file, sync, temporary_beside, write_atomic, write_json
 from data_prep.index import SampleIndex, write_rows
@@ -239,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("datasets", nargs="+", metavar="DATASET", help="two or more, in this order")
     parser.add_argument("--copy", action="store_true", help="copy the shards; else they are hard-linked if possible")
     options = parser.parse_args(arguments)
-    return run_command(lambda: merge_as_asked(options))
+    return run_command(lambda: merge_as_asked(options), GOES_ON)
 
 
 def merge_as_asked(options: argparse.Namespace) -> None:

@@ -210,6 +210,19 @@ def local_copy(place: Place, version: str, is_whole: Callable[[Path], bool]) -> 
     return None
 
 
+def checked_copy(place: Place, version: str, is_whole: Callable[[Path], bool], missing: str, damaged: str) -> Path:
+    """As `local_copy`. Raises a one-line ValueError that names the place, and says `missing` or `damaged`."""
+    try:
+        file = local_copy(place, version, is_whole)
+    except FileNotFoundError:
+        raise ValueError(f"{place}: {missing}") from None
+    except OSError as error:
+        raise ValueError(f"{place}: not readable ({error.strerror or error})") from None
+    if file is None:
+        raise ValueError(f"{place}: {damaged}")
+    return file
+
+
 # ---- remote places
 
 _away_since: dict[str, float] = {}  # by host; one change of a dict is atomic, so there is no lock that a fork may copy

@@ -29,8 +29,10 @@ from data_prep.index import SampleIndex
 from data_prep.pages import html_page
 from data_prep.places import local_folder
 from data_prep.shards import Sample, SampleError, caption_of, read_sample, span_of
+from data_prep.sources import Row, list_source
 from data_prep.video import read_frames, write_video
 
+Videos = dict[str, Row]  # of a source, by the name that samples have of them
 PAGE = "index.html"
 GENERATOR = '<meta name="generator" content="data_prep.preview">'
 CRF = 20  # of the videos: what H.264 changes is far below what the codec does
@@ -81,12 +83,10 @@ def preview(
     dataset, out = Path(dataset), Path(out)
     if clips < 1:
         raise ValueError(f"--clips {clips}: must be at least 1")
-    if source is not None and not Path(source).exists():
-        raise ValueError(f"{source}: no such folder or manifest")
-    videos = None if source is None else Path(source) if Path(source).is_dir() else Path(source).parent
     card = read_card(dataset)
     if source is not None and "merged" in card["source"]["settings"]:
         raise ValueError(f"{dataset}: is merged, its videos come from several sources; leave out --source")
+    videos = None if source is None else {row.source: row for row in list_source(source)}
     index, codec = SampleIndex(dataset, card), dataset_codec(dataset, device)
     begin_folder(out)
     shown = []
@@ -118,8 +118,8 @@ def begin_folder(out: Path) -> None:
         (out / name).unlink()
 
 
-def decode(key: str, sample: Sample, card: dict, codec: Codec, out: Path, videos: Path | None) -> Preview:
-    """Writes the video of a sample; to the left the original, if `videos`, the folder of the sources, has it."""
+def decode(key: str, sample: Sample, card: dict, codec: Codec, out: Path, videos: Videos | None) -> Preview:
+    """Writes the video of a sample; to the left the original, if it is one of `videos`."""
     frames, psnr, problem = codec.decode(sample.latent.astype(np.float32)), None, ""
     if videos is not None:
         try:
@@ -134,18 +134,18 @@ def decode(key: str, sample: Sample, card: dict, codec: Codec, out: Path, videos
     return Preview(key, sample, name, psnr, problem)
 
 
-def read_original(sample: Sample, card: dict, videos: Path) -> np.ndarray:
+def read_original(sample: Sample, card: dict, videos: Videos) -> np.ndarray:
     """The frames that a sample was made of, uint8 [T, H, W, 3]. Raises ValueError if they aren't there any more.
 
-    The sample says which file it was. None outside of `videos` is opened.
+    The sample says which of `videos` it was. Nothing else is opened.
     """
     source, start, video = sample.meta.get("source"), sample.meta.get("start"), card["video"]
     if not isinstance(source, str) or not isinstance(start, (int, float)) or not 0 <= start < 1e9:
         raise ValueError("the sample does not say what it was made of")
-    inside = os.path.normpath(source)
-    if not source or "\0" in source or os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir:
-        raise ValueError(f"{source}: not in the folder of --source, so it is not opened")
-    frames = read_frames(videos / inside, video["fps"], (video["height"], video["width"]), start)
+    row = videos.get(source)
+    if row is None:
+        raise ValueError(f"{source}: not one of the videos of --source")
+    frames = read_frames(row.video, video["fps"], (video["height"], video["width"]), start)
     found = list(itertools.islice(frames, video["frames"]))
     if len(found) < video["frames"]:
         raise ValueError(f"{source}: {len(found)} frames from {start:.2f} s on, the clip has {video['frames']}")

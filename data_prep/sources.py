@@ -1,6 +1,7 @@
 """What to encode: a folder, a manifest, or webdataset shards of videos, as a list of videos (`Row`)."""
 
 import csv
+import difflib
 import hashlib
 import json
 import math
@@ -14,13 +15,16 @@ from pathlib import Path
 
 from webdataset.shardlists import expand_urls
 
-from data_prep.tars import Member, tar_members
+from data_prep.command import printable
+from data_prep.tars import Member, Region, tar_members
+from data_prep.video import Problem
 
 SUFFIXES = frozenset(
     ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .gif".split()  # noqa: SIM905
 )
 MANIFESTS = (".jsonl", ".csv", ".parquet")
-COLUMNS = ("video", "caption", "captions", "start", "end")  # of a manifest
+COLUMNS = ("video", "caption", "captions", "start", "end", "cuts")  # of a manifest
+DUPLICATE = "duplicate"  # the reason of a video that is left out since another one has the same content
 LARGEST_TEXT = 1 << 20  # bytes of a caption or JSON in a tar
 
 
@@ -37,6 +41,19 @@ class Row:
     problem: str = ""  # why it cannot be used, if that is known already
     captions: tuple[str, ...] = ()  # all of them, if there are several
     region: tuple[int, int] | None = None  # (offset, size) of the video in the file; None: it is the whole file
+    cuts: tuple[float, ...] = ()  # seconds at which a scene begins, as the source says
+    size: tuple[int, int] | None = None  # (height, width) of its bucket in pixels, if there are buckets
+    reason: str = ""  # of the problem, where it is not "unreadable"
+
+    @property
+    def video(self) -> Path | Region:
+        """What `read_frames` reads."""
+        return Region(self.path, *self.region) if self.region else self.path
+
+    @property
+    def trouble(self) -> Problem | None:
+        """Why the video can't be used, if that is known already."""
+        return Problem(self.reason or "unreadable", self.problem) if self.reason or self.problem else None
 
 
 def list_source(src: str | Path) -> list[Row]:
@@ -57,7 +74,7 @@ def list_source(src: str | Path) -> list[Row]:
     elif not src.exists():
         raise ValueError(f"{src}: no such folder or manifest")
     elif src.suffix.lower() in MANIFESTS:
-        rows = [_manifest_row(src, index, line, entry) for index, (line, entry) in enumerate(_manifest(src))]
+        rows = _rows_of_manifest(src)
     else:
         raise ValueError(
             f"{src}: expected a folder of videos or .tar files, a manifest ({', '.join(MANIFESTS)}), or a .tar file"
@@ -71,15 +88,18 @@ def fingerprints(rows: list[Row]) -> dict[str, str]:
     """SHA-256, in hexadecimal, of a source: its videos' names, captions and spans; and the sizes of their files."""
     source, sizes = hashlib.sha256(), hashlib.sha256()
     for row in rows:
-        source.update(json.dumps([row.source, row.caption, row.start, row.end, *row.captions]).encode())
-        sizes.update(f"{row.region[1] if row.region else _size(row.path)} ".encode())
+        cuts = [{"cuts": row.cuts}] if row.cuts else []
+        source.update(json.dumps([row.source, row.caption, row.start, row.end, *row.captions, *cuts]).encode())
+        sizes.update(f"{bytes_of(row)} ".encode())
     return {"source": source.hexdigest(), "source_sizes": sizes.hexdigest()}
 
 
-def _size(path: Path) -> int | None:
-    """Bytes of a file, None if there is none or it can't be known."""
+def bytes_of(row: Row) -> int | None:
+    """Bytes of a video's file, None if there is none or it can't be known."""
+    if row.region:
+        return row.region[1]
     try:
-        return path.stat().st_size if path.is_file() else None
+        return row.path.stat().st_size if row.path.is_file() else None
     except OSError:
         return None
 
@@ -114,10 +134,30 @@ def as_utf8(text: str) -> str:
         return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _manifest(path: Path) -> Iterator[tuple[int, object]]:
-    """(line number, entry) of each entry of a JSONL, CSV or Parquet file."""
+def _rows_of_manifest(path: Path) -> list[Row]:
+    """The rows of a manifest, in order. Keys that are not read are named on the terminal."""
+    rows: list[Row] = []
+    unknown: dict[str, int] = {}  # the first line of each
+    for line, entry in _manifest(path, unknown):
+        rows.append(_manifest_row(path, len(rows), line, entry))
+        for key in entry if isinstance(entry, dict) else ():
+            if key not in COLUMNS:
+                unknown.setdefault("cells behind the last column" if key is None else str(key), line)
+    if unknown:
+        named = []
+        for key, line in list(unknown.items())[:10]:
+            near = difflib.get_close_matches(key.lower(), COLUMNS, 1)
+            named.append(f"{key!r} (line {line}{f', {near[0]!r} is meant?' if near else ''})")
+        more = f" and {len(unknown) - len(named)} more" if len(unknown) > len(named) else ""
+        keys = ", ".join(COLUMNS)
+        print(printable(f"{path}: not read are {', '.join(named)}{more}; the keys are {keys}"), file=sys.stderr)
+    return rows
+
+
+def _manifest(path: Path, unknown: dict[str, int]) -> Iterator[tuple[int, object]]:
+    """(line number, entry) of each entry of a JSONL, CSV or Parquet file. Notes columns of Parquet that aren't read."""
     if path.suffix.lower() == ".parquet":
-        yield from enumerate(_parquet(path), start=1)
+        yield from enumerate(_parquet(path, unknown), start=1)
         return
     with open(path, encoding="utf-8-sig", newline="") as file:
         try:
@@ -133,7 +173,7 @@ def _manifest(path: Path) -> Iterator[tuple[int, object]]:
             raise ValueError(f"{path}: does not parse ({error})") from None
 
 
-def _parquet(path: Path) -> Iterator[dict]:
+def _parquet(path: Path, unknown: dict[str, int]) -> Iterator[dict]:
     """The rows of a Parquet file, with the columns of a manifest only. Raises ValueError without pyarrow."""
     try:
         import pyarrow.parquet
@@ -142,8 +182,9 @@ def _parquet(path: Path) -> Iterator[dict]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = [name for name in COLUMNS if name in file.schema_arrow.names]
+            unknown.update((name, 1) for name in file.schema_arrow.names if name not in COLUMNS)
             if "video" not in columns:
-                raise ValueError("no column 'video'")
+                raise ValueError(f"no column 'video'; it has: {', '.join(file.schema_arrow.names) or 'none'}")
             for batch in file.iter_batches(columns=columns):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, ValueError, OSError) as error:
@@ -153,14 +194,15 @@ def _parquet(path: Path) -> Iterator[dict]:
 def _manifest_row(manifest: Path, index: int, line: int, entry: object) -> Row:
     video = entry.get("video") if isinstance(entry, dict) else None
     if not isinstance(entry, dict) or not isinstance(video, str) or not video:
-        raise ValueError(f"{manifest} line {line}: no 'video'")
+        has = f"; it has: {', '.join(map(str, entry))[:200]}" if isinstance(entry, dict) and entry else ""
+        raise ValueError(f"{manifest} line {line}: no 'video'{has}")
     try:
-        captions, (start, end) = _captions("", entry), _span(entry)
+        captions, (start, end), cuts = _captions("", entry), _span(entry), _cuts(entry)
     except ValueError as error:
         raise ValueError(f"{manifest} line {line}: {error}") from None
-    return Row(
-        index, manifest.parent / video, as_utf8(video), captions[0], start, end, captions=captions[1:] and captions
-    )
+    several = captions[1:] and captions
+    path = manifest.parent / video
+    return Row(index, path, as_utf8(video), captions[0], start, end, captions=several, cuts=cuts)
 
 
 def _captions(first: str, entry: dict) -> tuple[str, ...]:
@@ -191,6 +233,15 @@ def _span(entry: dict) -> tuple[float, float | None]:
     if not (0 <= start < math.inf and (end is None or start < end < math.inf)):
         raise ValueError(f"need 0 <= start < end, got {start} and {end}")
     return start, end
+
+
+def _cuts(entry: dict) -> tuple[float, ...]:
+    """The "cuts" of an entry, in seconds, in order. Raises ValueError unless they are a list of finite numbers."""
+    cuts = entry.get("cuts") or []
+    numbers = isinstance(cuts, list) and all(isinstance(cut, (int, float)) and 0 <= cut < 1e9 for cut in cuts)
+    if not numbers or any(isinstance(cut, bool) for cut in cuts):
+        raise ValueError(f"cuts {str(cuts)[:100]!r} is not a list of seconds")
+    return tuple(sorted({float(cut) for cut in cuts}))
 
 
 # ---- webdataset shards
@@ -248,6 +299,7 @@ def _rows_of_tar(path: Path, shard: str) -> Iterator[Row]:
                     beside = [named[key + end] for end in (".txt", ".json") if key + end in named]
                     start, end, problem = 0.0, None, ""
                     captions: tuple[str, ...] = ("",)
+                    cuts: tuple[float, ...] = ()
                     try:
                         for one in (member, *beside):
                             if one.problem or counts[one.name] > 1:
@@ -255,17 +307,19 @@ def _rows_of_tar(path: Path, shard: str) -> Iterator[Row]:
                                 raise ValueError(what + (one.problem or "the tar holds it twice"))
                         if key == unsure:
                             raise ValueError("cut short: behind it the tar ends or is damaged")
-                        captions, start, end = _annotation(file.fileno(), beside)
+                        captions, start, end, cuts = _annotation(file.fileno(), beside)
                     except ValueError as error:
                         problem = str(error)
                     several, region = captions[1:] and captions, (member.offset, member.size)
-                    yield Row(0, path, as_utf8(f"{shard}/{name}"), captions[0], start, end, problem, several, region)
+                    yield Row(
+                        0, path, as_utf8(f"{shard}/{name}"), captions[0], start, end, problem, several, region, cuts
+                    )
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _annotation(file: int, members: list[Member]) -> tuple[tuple[str, ...], float, float | None]:
-    """(captions, start, end) from a sample's .txt and .json. Raises ValueError if they make no sense."""
+def _annotation(file: int, members: list[Member]) -> tuple[tuple[str, ...], float, float | None, tuple[float, ...]]:
+    """(captions, start, end, cuts) from a sample's .txt and .json. Raises ValueError if they make no sense."""
     text, entry = "", {}
     for member in members:
         suffix = os.path.splitext(member.name)[1]
@@ -282,4 +336,4 @@ def _annotation(file: int, members: list[Member]) -> tuple[tuple[str, ...], floa
         if not isinstance(entry, dict):
             raise ValueError(f"{suffix}: not an object")
     first = text.strip() or entry.get("caption") or entry.get("text") or ""
-    return _captions(str(first), entry), *_span(entry)
+    return _captions(str(first), entry), *_span(entry), _cuts(entry)

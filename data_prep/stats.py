@@ -13,6 +13,7 @@ import html
 import json
 import math
 import os
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from data_prep.files import write_atomic
 from data_prep.index import SampleIndex
 from data_prep.pages import COLOURS, GREY, html_page, html_table, new_figure, svg
 from data_prep.places import local_folder
-from data_prep.shards import Sample, caption_of, read_sample, span_of
+from data_prep.shards import Sample, SampleError, caption_of, read_sample, span_of
 from data_prep.stream import stream_samples
 from data_prep.work import FAILURES
 
@@ -442,7 +443,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def stats_as_asked(options: argparse.Namespace) -> None:
     """Writes the page, and prints the tables: in this order, for the reader may be `head`."""
-    stats = Stats(local_folder(options.dataset, "data_prep.stats"), options.samples).read()
+    stats = Stats(local_folder(options.dataset, "data_prep.stats"), options.samples)
+    try:
+        stats.read()
+    except SampleError as error:
+        verify = f"python -m data_prep.verify {shlex.quote(str(options.dataset))}"
+        raise ValueError(f"{error}; this names all damage: {verify}") from None
     out = Path(options.out or f"{stats.folder.resolve().name}-stats.html")
     write_atomic(out, page(stats).encode(errors="replace"))
     for title, section in SECTIONS:

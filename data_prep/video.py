@@ -8,6 +8,7 @@ import contextlib
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,18 @@ class VideoError(ValueError):
         self.reason = reason
         self.detail = detail
         super().__init__(f"{path}: {reason}{f' ({detail})' if detail else ''}")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a video can't be used, or not to its end.
+
+    reason: one of `VideoError`'s, or "too short" (for one clip), "unreadable" (the file system says no) or "too large"
+    (for the worker's memory). "undecodable" is also what crashes a worker, or takes too long.
+    """
+
+    reason: str
+    detail: str
 
 
 def best_stream(container: Any) -> Any:
@@ -77,6 +90,19 @@ def declared_seconds(path: str | Path | Region) -> float | None:
             return container.duration / av.time_base if container.duration else None
     except VideoError:
         return None
+
+
+def picture_size(path: str | Path | Region) -> tuple[int, int]:
+    """(height, width) of a video's first frame in pixels, as it is shown: upright, with square pixels.
+
+    Raises VideoError when the file is missing, not a video, or has no frame that decodes.
+    """
+    with _open(path) as container:
+        stream = _video_stream(path, container)
+        frame = next(_Decoder(path, container, stream).shown())[2]
+        pixel, turned = _shape_of_pixels(frame, stream)[:2]
+        height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
+        return height, max(1, round(width * pixel))
 
 
 def read_frames(
@@ -261,18 +287,27 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+def _shape_of_pixels(frame: Any, stream: Any) -> tuple[Fraction, bool, int, int]:
+    """(width / height of a pixel as shown, whether rows become columns, then the steps over rows and columns)."""
+    pixel = stream.sample_aspect_ratio or Fraction(1)
+    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    if matrix is None:
+        return pixel, False, 1, 1
+    # Row vectors: x' = a x + c y, y' = b x + d y, y down. Only multiples of 90 degrees and mirrors are applied.
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].astype(np.int64)
+    turned = bool(a == d == 0)
+    if turned:
+        pixel, a, d = 1 / pixel, c, b
+    return pixel, turned, -1 if d < 0 else 1, -1 if a < 0 else 1
+
+
 def _picture(frame: Any, stream: Any, size: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
     """A decoded frame as (uint8 [H, W, 3] RGB, its (height, width)): upright, with square pixels, resized to `size`."""
     rgb = frame.to_ndarray(format="rgb24")
-    pixel = stream.sample_aspect_ratio or Fraction(1)
-    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
-    if matrix is not None:
-        # Row vectors: x' = a x + c y, y' = b x + d y, y down. Only multiples of 90 degrees and mirrors are applied.
-        a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].astype(np.int64)
-        if a == d == 0:
-            rgb, pixel = rgb.transpose(1, 0, 2), 1 / pixel
-            a, d = c, b
-        rgb = rgb[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    pixel, turned, down, right = _shape_of_pixels(frame, stream)
+    if turned:
+        rgb = rgb.transpose(1, 0, 2)
+    rgb = rgb[::down, ::right]
     height, width = rgb.shape[:2]
     if size is None:
         size = height, max(1, round(width * pixel))

@@ -1,4 +1,4 @@
-"""Wan 2.1's video VAE as a codec, by diffusers' AutoencoderKLWan."""
+"""The video VAEs of Wan 2.1 and Wan 2.2 (TI2V-5B) as codecs, by diffusers' AutoencoderKLWan."""
 
 import json
 from pathlib import Path
@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 from data_prep.files import sha256_of_files
-from data_prep.geometry import WAN_2_1
+from data_prep.geometry import LatentGeometry
 
 
 class WanCodec:
-    """Wan 2.1's VAE from a local folder, or from its subfolder `vae`.
+    """A VAE of Wan from a local folder, or from its subfolder `vae`.
 
-    Latents are the posterior's mode, normalised with the mean and std of the VAE's own config. Encoding and decoding
-    run in pieces of 1, 4, 4, ... frames, which the network's causal cache connects. The result is exactly that of one
-    call on the whole clip, but only one piece is on the device at a time. The dtype is bfloat16 on a GPU and float32
-    on a CPU, unless `dtype` is given.
+    Channels, strides, mean and std are those of the VAE's own config: 16 and 4 x 8 x 8 for Wan 2.1, 48 and 4 x 16 x 16
+    for Wan 2.2, whose network works on patches of 2 x 2 pixels. Latents are the posterior's mode, normalised. Encoding
+    and decoding run in pieces of 1, 4, 4, ... frames, which the network's causal cache connects. The result is exactly
+    that of one call on the whole clip, but only one piece is on the device at a time. The dtype is bfloat16 on a GPU
+    and float32 on a CPU, unless `dtype` is given.
 
-    Raises a one-line ValueError when the folder holds no VAE of Wan 2.1.
+    Raises a one-line ValueError when the folder holds no VAE of Wan, or its config contradicts itself.
     """
 
     name = "wan"
-    geometry = WAN_2_1
 
     def __init__(self, folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None):
         from diffusers import AutoencoderKLWan  # here, since it takes seconds to import
@@ -51,10 +51,17 @@ class WanCodec:
         self.vae = vae.eval().requires_grad_(False).to(self.device)
         found = vae.config
         self.mean, self.std = [float(v) for v in found.latents_mean], [float(v) for v in found.latents_std]
-        strides = found.scale_factor_temporal, found.scale_factor_spatial, found.scale_factor_spatial
-        if (found.z_dim, strides) != (WAN_2_1.channels, WAN_2_1.strides) or found.patch_size is not None:
-            expected = f"expected {WAN_2_1.channels} and {WAN_2_1.strides} (Wan 2.1)"
-            raise ValueError(f"{folder}: a VAE of {found.z_dim} channels and strides {strides}, {expected}")
+        self._patch = found.patch_size or 1  # pixels of a patch's side
+        self.geometry = LatentGeometry(
+            found.z_dim, (found.scale_factor_temporal, found.scale_factor_spatial, found.scale_factor_spatial)
+        )
+        side = self._patch * 2 ** (len(found.dim_mult) - 1)
+        if self.geometry.strides != (2 ** sum(found.temperal_downsample), side, side):
+            network = f"its network has {2 ** sum(found.temperal_downsample)} and {side}"
+            raise ValueError(f"{config_file}: scale factors {self.geometry.strides[:2]}, but {network}")
+        if not len(self.mean) == len(self.std) == found.z_dim:
+            numbers = f"{len(self.mean)} latents_mean and {len(self.std)} latents_std"
+            raise ValueError(f"{config_file}: {numbers} for {found.z_dim} channels (z_dim)")
         self.settings = {"latent": "posterior mode", "dtype": str(self.dtype).removeprefix("torch.")}
         self.hash = sha256_of_files(weights, {key: config[key] for key in config if key != "_diffusers_version"})
 
@@ -65,7 +72,9 @@ class WanCodec:
 
     @torch.no_grad()
     def encode(self, frames: np.ndarray) -> np.ndarray:
-        """uint8 [T, H, W, 3] -> float32 [16, 1 + (T - 1) / 4, H / 8, W / 8], normalised."""
+        """uint8 [T, H, W, 3] -> float32 [C, 1 + (T - 1) / s_t, H / s_h, W / s_w], normalised."""
+        from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
+
         shape, time = self.geometry.latent_shape_of(frames), self.geometry.strides[0]
         mean, std = (torch.tensor(numbers).view(-1, 1, 1, 1) for numbers in (self.mean, self.std))
         cache, latents = self._cache(self.vae.encoder), []
@@ -73,13 +82,16 @@ class WanCodec:
             part = np.ascontiguousarray(frames[max(0, time * (k - 1) + 1) : time * k + 1])
             pixels: Any = torch.from_numpy(part).to(self.device)
             pixels = (pixels.permute(3, 0, 1, 2)[None].float() / 127.5 - 1).to(self.dtype)
+            pixels = patchify(pixels, self._patch)
             z = self.vae.quant_conv(self.vae.encoder(pixels, feat_cache=cache, feat_idx=[0]))
             latents.append((z[0, : shape[0]].float().cpu() - mean) / std)  # the other half is the log-variance
         return torch.cat(latents, dim=1).numpy()
 
     @torch.no_grad()
     def decode(self, latent: np.ndarray | Tensor) -> np.ndarray:
-        """float [16, T, H, W] -> uint8 [1 + 4 (T - 1), 8 H, 8 W, 3]."""
+        """float [C, T, H, W] -> uint8 [1 + s_t (T - 1), s_h H, s_w W, 3]."""
+        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
         latent = torch.as_tensor(latent).detach().cpu().float()
         self.geometry.check_latent(tuple(latent.shape))
         mean, std = (torch.tensor(numbers).view(-1, 1, 1, 1) for numbers in (self.mean, self.std))
@@ -87,7 +99,8 @@ class WanCodec:
         cache, frames = self._cache(self.vae.decoder), []
         for k in range(latent.shape[1]):
             z = self.vae.post_quant_conv(latent[None, :, k : k + 1].to(self.device, self.dtype))
-            x = self.vae.decoder(z, feat_cache=cache, feat_idx=[0], first_chunk=k == 0)[0].float()
+            x = self.vae.decoder(z, feat_cache=cache, feat_idx=[0], first_chunk=k == 0)
+            x = unpatchify(x, self._patch)[0].float()
             x = x.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
             frames.append(x.permute(1, 2, 3, 0).cpu())
         return torch.cat(frames).numpy()

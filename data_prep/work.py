@@ -12,6 +12,7 @@ edited counts for nothing, and its shard is made again.
 import contextlib
 import json
 import os
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from data_prep.default_codec import CODEC_FILE
 from data_prep.files import is_abandoned, write_atomic
 from data_prep.index import INDEX
 from data_prep.shards import ShardWriter
-from data_prep.sources import Row, fingerprints
+from data_prep.sources import DUPLICATE, Row, fingerprints
 
 WORK, LOCK, FAILURES = "work.json", "work.lock", "failures.jsonl"
 
@@ -38,24 +39,32 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """The work on a dataset: its folder, the videos of the source, and how they are cut into parts."""
+    """The work on a dataset: its folder, its videos in the order of the source, and how these are cut into parts.
+
+    A dataset of a bucket has some videos of the source only: its parts have gaps.
+    """
 
     folder: Path
     rows: list[Row]
     videos_per_part: int
+    source_videos: int = 0  # of the whole source; 0: all are in `rows`
 
     @property
     def parts(self) -> int:
         """Number of parts."""
-        return -(-len(self.rows) // self.videos_per_part)
+        return -(-(self.source_videos or len(self.rows)) // self.videos_per_part)
 
     def rows_of(self, part: int) -> list[Row]:
         """The videos of a part, in order."""
-        return self.rows[part * self.videos_per_part : (part + 1) * self.videos_per_part]
+        return self.rows_from(part, Place(0, part * self.videos_per_part, 0))
 
     def rows_from(self, part: int, place: Place) -> list[Row]:
         """The videos of a part from `place` on."""
-        return self.rows[place.row : (part + 1) * self.videos_per_part]
+        begin, end = (
+            bisect_left(self.rows, index, key=lambda row: row.index)
+            for index in (place.row, (part + 1) * self.videos_per_part)
+        )
+        return self.rows[begin:end]
 
     def shard(self, part: int, number: int) -> Path:
         """The path of shard `number` of a part."""
@@ -73,8 +82,10 @@ class Work:
         return records, Place(len(records), row, clip)
 
     def sizes_of(self, part: int) -> str:
-        """A hash of the sizes of a part's files."""
-        return fingerprints(self.rows_of(part))["source_sizes"]
+        """A hash of the sizes of a part's files. Another bucket, or being a duplicate, is another size, too."""
+        rows = self.rows_of(part)
+        duplicates = "".join(f" {row.index}" for row in rows if row.reason == DUPLICATE)
+        return fingerprints(rows)["source_sizes"] + duplicates
 
     def forget_failures(self, parts: range) -> int:
         """Removes the shards of these parts from the first failure on, and the card. Returns how many shards.
@@ -84,7 +95,7 @@ class Work:
         removed = 0
         for part in parts:
             records, _ = self.records(part)
-            failed = [number for number, record in enumerate(records) if record["failures"]]
+            failed = [number for number, record in enumerate(records) if failures_in(record)]
             if any(record.get("source_sizes") != self.sizes_of(part) for record in records):
                 failed = [0]
             for number in range(failed[0], len(records)) if failed else ():
@@ -93,6 +104,11 @@ class Work:
                 self.shard(part, number).unlink(missing_ok=True)
                 removed += 1
         return removed
+
+
+def failures_in(record: dict) -> int:
+    """Videos that failed in a shard. A duplicate is left out on purpose."""
+    return sum(failure["reason"] != DUPLICATE for failure in record["failures"])
 
 
 def _whole(shard: Path) -> dict | None:
@@ -218,8 +234,16 @@ def clear(out: Path) -> None:
     remove_leftovers(out)
     for name in (CODEC_FILE, INDEX, FAILURES, WORK, LOCK):
         (out / name).unlink(missing_ok=True)
-    for path in out.glob("shard-*"):
+    for path in (*out.glob("shard-*"), *out.glob("survey-*")):
         path.unlink(missing_ok=True)
+
+
+def discard(out: Path) -> None:
+    """Removes the dataset of a bucket, if there is one, finished or not."""
+    (out / CARD).unlink(missing_ok=True)
+    clear(out)
+    with contextlib.suppress(OSError):  # not there, or something else is in it
+        out.rmdir()
 
 
 def remove_leftovers(out: Path) -> None:

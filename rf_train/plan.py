@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from data_prep.command import require_finite, run_command
-from data_prep.geometry import parse_size
+from data_prep.geometry import WAN_2_1, parse_size
 from rf_train import config
 from rf_train.config import Recipe, Stage
 from rf_train.diffusion.batch import Batch
@@ -321,6 +321,7 @@ def parser() -> argparse.ArgumentParser:
     for name, (default, unit, text) in numbers.items():
         found.add_argument(f"--{name}", type=float, default=default, metavar=unit, help=text)
     found.add_argument("--size", default="480x832", help="HEIGHTxWIDTH in pixels, if a dataset doesn't exist")
+    found.add_argument("--stride", type=int, default=WAN_2_1.strides[1], help="pixels of a latent pixel's side, then")
     found.add_argument("--measure", action="store_true", help="run real steps on this machine and compare")
     found.add_argument("--markdown", action="store_true", help="a table of the recommended settings")
     found.add_argument("--json", action="store_true", help="the same figures as a JSON object, in the last line")
@@ -336,7 +337,10 @@ def plan_as_asked(options: argparse.Namespace) -> None:
     """Prints what the command line asks for."""
     cluster = cluster_of(options)
     recipe = config.load(config.recipe_path(options.recipe), options.overrides)
-    clips = [clip_of(recipe, position, parse_size(options.size)) for position in range(len(recipe.stages))]
+    if options.stride < 1:
+        raise ValueError("--stride must be positive")
+    size = parse_size(options.size)
+    clips = [clip_of(recipe, position, size, options.stride) for position in range(len(recipe.stages))]
     if options.measure:
         lines, figures = measure(recipe, clips)
     elif options.markdown:

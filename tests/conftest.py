@@ -192,18 +192,28 @@ def own_cache(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
-@pytest.fixture(scope="session")
-def wan_folder(tmp_path_factory):
+WAN_VAES = {  # what sets the VAEs of Wan apart, as diffusers' config says it
+    "wan 2.1": {"z_dim": 16},
+    "wan 2.2": {
+        "z_dim": 48, "is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12,
+        "decoder_base_dim": 12, "scale_factor_spatial": 16,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session", params=WAN_VAES)
+def wan_folder(request, tmp_path_factory):
     """A tiny random VAE of Wan's architecture, as diffusers saves it."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
+    settings = WAN_VAES[request.param]
     vae = diffusers.AutoencoderKLWan(
         base_dim=8,
-        z_dim=16,
         dim_mult=[1, 1, 1, 1],
         num_res_blocks=1,
-        latents_mean=[0.1 * n for n in range(16)],
-        latents_std=[0.5 + n for n in range(16)],
+        latents_mean=[0.1 * n for n in range(settings["z_dim"])],
+        latents_std=[0.5 + n for n in range(settings["z_dim"])],
+        **settings,
     )
     folder = tmp_path_factory.mktemp("wan")
     vae.save_pretrained(folder / "vae")

@@ -122,11 +122,11 @@ def test_a_finished_run_is_left_as_it_is(walked):
     assert (here / "runs/r/metrics.jsonl").read_bytes() == before
 
 
-def frames_of(path: Path) -> np.ndarray:
-    """All frames, uint8 [T, H, W, 3]."""
+def frames_of(path: Path, size: tuple[int, int] = (32, 48)) -> np.ndarray:
+    """All frames, uint8 [T, H, W, 3]. The video has this (height, width)."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        assert stream.codec_context.name == "h264" and (stream.height, stream.width) == (32, 48)
+        assert stream.codec_context.name == "h264" and (stream.height, stream.width) == size
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
 
 
@@ -220,23 +220,32 @@ def test_from_wan_weights_through_wans_codec_and_umt5_and_back_to_diffusers(wan_
     """
     import diffusers
 
+    vae = json.loads((wan_folder / "vae" / "config.json").read_text())
+    channels, side = vae["z_dim"], vae["scale_factor_spatial"]
     wan = diffusers.WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=16, out_channels=16, text_dim=16, freq_dim=32,
-        ffn_dim=64, num_layers=2,
+        num_attention_heads=2, attention_head_dim=16, in_channels=channels, out_channels=channels, text_dim=16,
+        freq_dim=32, ffn_dim=64, num_layers=2,
     )  # fmt: skip
     wan.save_pretrained(tmp_path / "transformer")
-    about = ["--frames", 33, "--size", "32x48"]
+    about = ["--frames", 33, "--size", f"{4 * side}x{6 * side}"]
     succeed_here("data_prep.draw", "videos", "--videos", 4, *about, folder=tmp_path)
     about += ["--codec", f"wan:{wan_folder}", "--text", f"umt5:{umt5_folder}", "--samples-per-shard", 4]
     succeed_here("data_prep.encode", "videos", "data", *about, folder=tmp_path)
-    weights = ["start.weights=transformer", "model.text_dim=16", "model.freq_dim=32", "run.wandb=disabled"]
+    latent = json.loads((tmp_path / "data" / "dataset.json").read_text())["latent"]
+    assert (latent["channels"], latent["strides"]) == (channels, [4, side, side])
+    assert (latent["frames"], latent["height"], latent["width"]) == (9, 4, 6)
+    assert (latent["mean"], latent["std"]) == (vae["latents_mean"], vae["latents_std"])
+    succeed_here("data_prep.preview", "data", "--clips", 1, "--source", "videos", folder=tmp_path)
+    assert "dB on average" in (tmp_path / "data-preview" / "index.html").read_text()
+    weights = [f"model.channels={channels}"] if channels != 16 else []
+    weights += ["start.weights=transformer", "model.text_dim=16", "model.freq_dim=32", "run.wandb=disabled"]
     stages = [f"stages.{i}.{key}" for i in range(4) for key in ("steps=1", "batch=2", "data=data", "frames=0")]
     recipe = ["wan_1.3b", "data.train=data", "run.out=runs/w", *weights, *TINY, *stages, "stages.3.attention.top_k=1"]
     for rank in run_distributed(train_on_this_rank, 2, folder=str(tmp_path), arguments=recipe):
         assert rank["code"] == 0, rank["errors"]
     about = ["--prompt", "a red circle", "--seconds", 3]
     succeed_here("rf_train.generate", "runs/w", "w.mp4", *about, folder=tmp_path)
-    assert len(frames_of(tmp_path / "w.mp4")) == 48
+    assert len(frames_of(tmp_path / "w.mp4", (4 * side, 6 * side))) == 48
     succeed("rf_train.weights", "runs/w", "out", "--weights", "master", folder=tmp_path)
     before, after = wan.state_dict(), diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "out").state_dict()
     assert before.keys() == after.keys()

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from data_prep.card import NotADataset
 from data_prep.places import Remote, no_such_folder, place_of
 from rf_train.config import Recipe, Stage
 from rf_train.data.latent_dataset import Clip, LatentDataset
@@ -38,7 +39,7 @@ def open_datasets(recipe: Recipe) -> Datasets:
     for name in dict.fromkeys(names):
         for folder in recipe.folders_of(name):
             if folder not in opened:
-                opened[folder] = LatentDataset(folder, recipe.model, recipe.data.patience)
+                opened[folder] = open_dataset(folder, recipe)
         mixture, parts = recipe.mixture(name), [opened[folder] for folder in recipe.folders_of(name)]
         datasets[name] = MixedDataset(mixture, parts) if mixture else parts[0]
     first = next(iter(opened.values()))
@@ -56,6 +57,15 @@ def open_datasets(recipe: Recipe) -> Datasets:
     for stage in recipe.stages:
         datasets[recipe.dataset_of(stage)].clip_frames(stage)
     return datasets
+
+
+def open_dataset(name: str, recipe: Recipe) -> LatentDataset:
+    """The dataset in a folder or at an address. Raises ValueError; where none is, it names the mixtures."""
+    try:
+        return LatentDataset(name, recipe.model, recipe.data.patience)
+    except NotADataset as error:
+        mixtures = ", ".join(mixture.name for mixture in recipe.data.mixtures)
+        raise NotADataset(f"{error}{f'; data.mixtures has {mixtures}' if mixtures else ''}") from None
 
 
 def longest_wait(recipe: Recipe) -> float:

@@ -27,7 +27,7 @@ from data_prep.files import sha256_of_file
 
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 MAKING, DAMAGED = ".making", ".damaged"  # ends of the names of folders that are no checkpoints
-_MANIFEST_KEYS = {"step", "world_size", "optimizer_steps", "average_steps", "shapes", "files", "hash"}
+_MANIFEST_KEYS = {"step", "world_size", "optimizer_steps", "average_steps", "shapes", "files"}
 
 
 class Damaged(ValueError):
@@ -166,7 +166,7 @@ def at_step(run: Path, step: int) -> Path:
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a checkpoint. Raises Damaged when it isn't what was saved."""
+    """The manifest of a checkpoint. Raises Damaged when it isn't what was saved. Older versions wrote no hash."""
     path, advice = folder / "manifest.json", "go back to an older checkpoint"
     try:
         manifest = json.loads(path.read_bytes())
@@ -178,7 +178,8 @@ def read_manifest(folder: Path) -> dict:
     if missing:
         raise Damaged(f"{path}: it has no {', '.join(sorted(missing))}; {advice}")
     names = [str(entry.get("file")) for entry in manifest["files"]] if isinstance(manifest["files"], list) else [""]
-    if manifest["hash"] != own_hash(manifest) or not all(name and name == Path(name).name for name in names):
+    own = own_hash(manifest)
+    if manifest.get("hash", own) != own or not all(name and name == Path(name).name for name in names):
         raise Damaged(f"{path}: edited or damaged, its hash is not that of what it says; {advice}")
     if manifest["step"] != step_of(folder):
         raise Damaged(f"{folder}: holds the checkpoint of step {manifest['step']}; give the folder that name")

@@ -12,7 +12,7 @@ from functools import cache, cached_property, lru_cache
 from typing import NamedTuple
 
 from data_prep.card import NotADataset, read_card
-from data_prep.geometry import WAN_2_1
+from data_prep.geometry import WAN_2_1, LatentGeometry
 from data_prep.places import place_of
 from rf_train.config import Recipe, Stage
 from rf_train.data.batches import micro_steps
@@ -99,10 +99,11 @@ class Clip:
     width: int
 
 
-def clip_of(recipe: Recipe, position: int, size: tuple[int, int]) -> Clip:
+def clip_of(recipe: Recipe, position: int, size: tuple[int, int], stride: int = WAN_2_1.strides[1]) -> Clip:
     """The clip of a stage: that of its dataset if the folder exists, else `stage.frames` at `size`.
 
-    `size` = (height, width) in pixels. Raises ValueError when neither gives a valid clip.
+    `size` = (height, width) in pixels, of which a latent pixel has `stride` x `stride`. Raises ValueError when neither
+    gives a valid clip.
     """
     stage, model = recipe.stages[position], recipe.model
     folder = recipe.folders_of(recipe.dataset_of(stage))[0]
@@ -115,10 +116,10 @@ def clip_of(recipe: Recipe, position: int, size: tuple[int, int]) -> Clip:
         missing = f"frames is 0, the dataset's, but there is no dataset at {folder or 'data.train'}"
         raise ValueError(f"stage {stage.name}: {missing}; set stages.{position}.frames to latent frames per clip")
     try:
-        WAN_2_1.check_patches(*size, model.patch)
+        LatentGeometry(model.channels, (WAN_2_1.strides[0], stride, stride)).check_patches(*size, model.patch)
     except ValueError as error:
         raise ValueError(f"--size: {error}") from None
-    return Clip(stage.frames, size[0] // WAN_2_1.strides[1], size[1] // WAN_2_1.strides[2])
+    return Clip(stage.frames, size[0] // stride, size[1] // stride)
 
 
 @lru_cache

@@ -1,6 +1,7 @@
 """Datasets mixed by weight: exact shares, each sample once per epoch, and the same stream however it is split."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -138,3 +139,10 @@ def test_a_mixture_of_one_is_that_dataset(folders):
     )
     assert ids_of(recipe_for(folders[:1], (1,)), 1) == [[f"0:{name}" for name in step] for step in ids_of(alone, 1)]
     assert isinstance(open_datasets(recipe_for(folders[:1], (1,)))["mixed"], MixedDataset)
+
+
+def test_a_mistyped_mixture_names_the_mixtures(folders):
+    recipe = recipe_for(folders)
+    recipe = replace(recipe, data=replace(recipe.data, train="mixd"))
+    with pytest.raises(ValueError, match=r"mixd: no such folder; data\.mixtures has mixed"):
+        open_datasets(recipe)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data_prep import verify
-from data_prep.card import SCHEMA, card_geometry, card_hash, read_card, write_card
+from data_prep.card import SCHEMA, NotADataset, card_geometry, card_hash, read_card, write_card
 from data_prep.geometry import WAN_2_1
 from data_prep.index import write_index
 from tests.data_prep.test_shards import write as write_shards
@@ -129,3 +129,20 @@ def test_verify_names_all_that_is_wrong(tmp_path, damage, lines, capsys):
     said = capsys.readouterr()
     assert all(line in said.out for line in [*lines, "no such folder"])
     assert said.err.splitlines()[-1] == f"error: {len(lines) + 1} problems found"
+
+
+def test_a_mistyped_name_says_what_is_near_it(tmp_path):
+    for name in ("films", "clips", "buckets/32x48", "buckets/48x32"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "dataset.json").write_text("{}")
+    (tmp_path / "filters").mkdir()
+    for name, says in (
+        ("flims", f"flims: no such folder; near it is {tmp_path / 'films'}"),
+        ("buckets", "buckets: not a dataset, .*; there are datasets in it: 32x48, 48x32"),
+    ):
+        with pytest.raises(NotADataset, match=says):
+            read_card(tmp_path / name)
+    for name in ("unlike", "filters", "no/films"):
+        with pytest.raises(NotADataset) as error:
+            read_card(tmp_path / name)
+        assert "near" not in str(error.value) and "in it" not in str(error.value)

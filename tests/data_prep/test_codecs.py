@@ -1,5 +1,8 @@
 """Codecs: Wan's geometry, causal both ways, good enough for the demo's world, and gentle with noise."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from data_prep import default_codec
 from data_prep.codecs import open_codec
 from data_prep.default_codec import DefaultCodec
 from data_prep.draw import DrawSettings, draw
+from data_prep.geometry import LatentGeometry
 from data_prep.video import read_frames
 
 
@@ -160,7 +164,9 @@ def test_wan_in_pieces_is_diffusers_whole(wan_folder):
     codec = open_codec(f"wan:{wan_folder}")
     clip = np.random.default_rng(0).integers(0, 256, (9, 32, 48, 3), dtype=np.uint8)
     latent = codec.encode(clip)
-    assert latent.shape == (16, 3, 4, 6) and latent.dtype == np.float32
+    channels, side = (48, 16) if codec.vae.config.is_residual else (16, 8)
+    assert codec.geometry == LatentGeometry(channels, (4, side, side)) and len(codec.mean) == len(codec.std) == channels
+    assert latent.shape == (channels, 3, 32 // side, 48 // side) and latent.dtype == np.float32
     with torch.no_grad():
         x = torch.from_numpy(clip).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         mode = codec.vae.encode(x).latent_dist.mode()
@@ -184,4 +190,20 @@ def test_wan_is_known_by_its_weights(wan_folder, tmp_path):
     assert open_codec(f"wan:{tmp_path}").hash != codec.hash
     (tmp_path / "config.json").write_text('{"_class_name": "UNet"}')
     with pytest.raises(ValueError, match="expected 'AutoencoderKLWan'"):
+        open_codec(f"wan:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"scale_factor_spatial": 4}, r"config.json: scale factors \(4, 4\), but its network has 4 and (8|16)"),
+        ({"scale_factor_temporal": 8}, r"config.json: scale factors \(8, (8|16)\), but its network has 4"),
+        ({"latents_mean": [0.0] * 4}, r"config.json: 4 latents_mean and (16|48) latents_std for (16|48) channels"),
+    ],
+)
+def test_a_wan_config_that_contradicts_itself_is_refused(wan_folder, tmp_path, change, says):
+    shutil.copytree(wan_folder / "vae", tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=says):
         open_codec(f"wan:{tmp_path}")

@@ -1,11 +1,13 @@
 """How commands end: exit codes, and one line for whatever went wrong."""
 
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from data_prep.command import require_finite, run_command
+from data_prep.command import counted, require_finite, run_command
 from tests.distributed import PROJECT
 
 
@@ -27,6 +29,19 @@ def fail(error: BaseException):
 def test_an_error_is_one_line(capsys, error, code, line):
     assert run_command(fail(error)) == code
     assert capsys.readouterr().err == line
+
+
+def test_sigterm_ends_a_command_that_can_go_on_as_an_interruption_does(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_command(lambda: os.kill(os.getpid(), signal.SIGTERM), "run it again") == 75
+    assert capsys.readouterr().err == "stopped by SIGTERM; run it again\n"
+    assert run_command(fail(KeyboardInterrupt()), "run it again") == 130
+    assert capsys.readouterr().err == "interrupted; run it again\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_counts_have_their_nouns():
+    assert [counted(n, "shard") for n in (0, 1, 1000)] == ["0 shards", "1 shard", "1,000 shards"]
 
 
 def test_success_is_0_and_defects_are_not_hidden():

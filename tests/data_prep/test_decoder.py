@@ -15,9 +15,9 @@ import av
 import numpy as np
 import pytest
 
-from data_prep import decoder
-from data_prep.decoder import Decoders, Problem, Span
-from data_prep.video import VideoError, read_frames
+from data_prep import decoder_worker
+from data_prep.decoder import Decoders, Span
+from data_prep.video import Problem, VideoError, read_frames
 from tests.data_prep.test_video import write, write_sound
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
@@ -54,6 +54,11 @@ def eventually(condition, seconds=20.0):
             return True
         time.sleep(0.01)
     return False
+
+
+def started(pid):
+    """Whether a worker has set its limits, the last thing before it serves: until then its death costs no video."""
+    return str(8 << 30) in Path(f"/proc/{pid}/limits").read_text()
 
 
 def gone(pid):
@@ -130,7 +135,7 @@ def test_a_long_gap_is_no_hang(videos):
     """The worker gives a sign of life every few frames."""
     told = []
     given = span(videos[0], stride=1000)
-    assert decoder.decode(given, lambda message, data=None: told.append(message["clip"]), 8.0) == (None, 35)
+    assert decoder_worker.decode(given, lambda message, data=None: told.append(message["clip"]), 8.0) == (None, 35)
     assert told == [True] + [False] * 7
 
 
@@ -249,6 +254,7 @@ def test_a_killed_worker_costs_nothing_once(videos, more):
             for clip in video:
                 found.append(clip)
                 for pid in set(pids(decoders)) - killed if len(killed) < kills else ():
+                    assert eventually(lambda pid=pid: started(pid))
                     os.kill(pid, signal.SIGKILL)
                     assert eventually(lambda pid=pid: gone(pid))
                     killed.add(pid)
@@ -481,7 +487,7 @@ def test_errors_of_the_file_system(videos, monkeypatch):
         raise errors[-1]
 
     errors = []
-    monkeypatch.setattr(decoder, "read_frames", frames)
+    monkeypatch.setattr(decoder_worker, "read_frames", frames)
     request = {"path": "a", "fps": 25, "size": [32, 48], "frames": 5, "start": 0.0, "end": None, "clips": None}
     for error, reason, detail in (
         (OSError(errno.EIO, "Input/output error", "a"), "unreadable", "Input/output error"),
@@ -490,10 +496,10 @@ def test_errors_of_the_file_system(videos, monkeypatch):
     ):
         errors.append(error)
         answers = io.BytesIO()
-        decoder.serve(io.BytesIO(json.dumps(request).encode() + b"\n"), answers, 2.0)
+        decoder_worker.serve(io.BytesIO(json.dumps(request).encode() + b"\n"), answers, 2.0)
         ready, head, rest = answers.getvalue().split(b"\n", 2)
         end = json.loads(rest[5 * 32 * 48 * 3 :])
-        assert json.loads(ready) == {"ready": True} and json.loads(head) == {"clip": True}
+        assert json.loads(ready) == {"ready": True} and json.loads(head) == {"clip": True, "begin": 0}
         assert end["left"] == 2 and end["problem"][0] == reason and detail in end["problem"][1]
 
 
@@ -508,5 +514,5 @@ def test_bad_arguments():
 
 def test_a_worker_starts_light():
     """It must not import torch, which would take seconds."""
-    code = "import sys, data_prep.decoder; print(sorted({'torch', 'tqdm', 'transformers'} & set(sys.modules)))"
+    code = "import sys, data_prep.decoder_worker; print(sorted({'torch', 'tqdm', 'transformers'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=PROJECT, text=True) == "[]\n"

@@ -3,17 +3,19 @@
 import json
 import os
 import shutil
-import socket
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_prep import default_codec, encode, shards
+from data_prep import default_codec, encode, encode_parts, shards
 from data_prep.card import read_card
 from data_prep.codecs import dataset_codec
+from data_prep.files import temporary_beside
 from data_prep.index import SampleIndex
 from data_prep.shards import read_sample
 from data_prep.text import HashText, dataset_text
@@ -63,7 +65,7 @@ def content(out):
 def test_a_folder_becomes_a_dataset(videos, tmp_path, capsys):
     out = tmp_path / "data"
     assert run(videos, out) == 0
-    assert "1 of 3 videos have no caption" in capsys.readouterr().err
+    assert "1 of 3 videos has no caption" in capsys.readouterr().err
     card, found = read_card(out), samples(out)
     assert verify(out) == 7
     # a.mkv: 20 frames make 4 clips; b.mp4: 12 make 2, 2 frames left; more/c.mp4: 7 make 1, 2 left
@@ -214,11 +216,13 @@ def test_an_interrupted_run_goes_on_behind_the_last_whole_shard(videos, tmp_path
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(encode, "write_card", interrupt)
+        patch.setattr(encode_parts, "write_card", interrupt)
         assert run(videos, out) == 130
     dead = subprocess.Popen(["true"])
     dead.wait()
-    (out / f"shard-000000-0001.tar.{socket.gethostname()}.{dead.pid}.tmp").write_bytes(b"half")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: dead.pid)
+        temporary_beside(out / "shard-000000-0001.tar").write_bytes(b"half")
     assert run(videos, out) == 0
     assert made == [f"shard-000000-{number:04d}.tar" for number in range(3)]  # each once
     assert content(out) == content(whole)
@@ -297,7 +301,7 @@ def test_jobs_share_the_parts_and_make_the_same_bytes(videos, tmp_path, capsys):
         assert run(videos, out, "--videos-per-part", "1", "--job", job) == 0
     assert content(out) == content(whole)
     said = capsys.readouterr().out
-    assert "3 of 4 parts are not done" in said and "1 of 4 parts are not done" in said
+    assert "3 of 4 parts are not done" in said and "1 of 4 parts is not done" in said
     assert [one["source"] for one in failures(out)] == ["bad.mp4"]
 
 
@@ -422,7 +426,7 @@ def test_a_shard_that_is_lost_from_a_finished_dataset_is_made_again(videos, tmp_
     before = content(out)
     (out / "shard-000000-0001.tar").unlink()
     assert run(videos, out) == 0
-    assert "1 shards are missing or cut short, they are made again" in capsys.readouterr().err
+    assert "1 shard is missing or cut short, it is made again" in capsys.readouterr().err
     assert content(out) == before
 
 
@@ -451,6 +455,62 @@ def test_latents_that_are_not_finite_end_their_video_alone(videos, tmp_path, mon
     assert run(videos, out) == 0
     assert list(samples(out)) == ["000000_0000", "000000_0001", "000001_0000", "000001_0001", "000002_0000"]
     assert [(one["source"], one["reason"], one["samples"]) for one in failures(out)] == [("a.mkv", "not finite", 2)]
+
+
+def test_what_a_codec_says_of_a_clip_is_the_reason(videos, tmp_path, monkeypatch):
+    def refuse(self, frames):
+        raise ValueError("nothing but\n noise")
+
+    assert run(videos, tmp_path / "codec") == 0
+    monkeypatch.setattr(default_codec.DefaultCodec, "encode", refuse)
+    rows = []
+    monkeypatch.setattr(encode_parts, "failure_of", lambda row, problem, clips: rows.append(problem) or {"reason": ""})
+    assert run(videos, tmp_path / "data", "--codec", f"default:{tmp_path / 'codec'}") == 2
+    assert {(one.reason, one.detail) for one in rows} == {("not encodable", "nothing but noise")}
+
+
+def test_sigterm_is_one_line_that_says_how_to_go_on(videos, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "data"
+    for number in range(8):
+        shutil.copy(videos / "a.mkv", videos / f"z{number}.mkv")
+    start = (
+        "import sys, time; from data_prep import default_codec, encode, encode_parts; default_codec.STEPS = 5;"
+        "real = encode_parts.encode_video;"
+        "encode_parts.encode_video = lambda *a: (real(*a), time.sleep(0.2)); sys.exit(encode.main())"
+    )
+    settings = ["--size", "32x48", "--frames", "5", "--samples-per-shard", "3"]
+    job = subprocess.Popen([sys.executable, "-c", start, str(videos), str(out), *settings], stderr=subprocess.PIPE)
+    while not list(out.glob("shard-*.json")):
+        time.sleep(0.01)
+        assert job.poll() is None
+    job.send_signal(signal.SIGTERM)
+    said = job.communicate()[1].decode().splitlines()[-1]
+    assert job.returncode == 75 and said == "stopped by SIGTERM; the same command goes on where it stopped"
+    assert not list(out.glob("*.tmp")) and not (out / "dataset.json").exists()
+    assert run(videos, out) == run(videos, whole) == 0 and content(out) == content(whole)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_keys_of_a_manifest_that_are_not_read_are_named(videos, tmp_path, capsys, kind):
+    entries = [{"video": "a.mkv", "id": 7}, {"video": "b.mp4", "captoin": "hello", "\x1b[31m": 1}]
+    manifest = videos / f"list.{kind}"
+    if kind == "jsonl":
+        manifest.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    elif kind == "csv":
+        manifest.write_text("video,id,captoin,\x1b[31m\na.mkv,7,,\nb.mp4,,hello,1,more\n")
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        entries[0] = {key: entries[0].get(key) for key in ("video", "id", "captoin", "\x1b[31m")}
+        __import__("pyarrow.parquet").parquet.write_table(pyarrow.Table.from_pylist(entries), manifest)
+    assert len(encode.list_source(manifest)) == 2
+    said = capsys.readouterr().err
+    assert f"{manifest}: not read are 'id' (line " in said and said.count("\n") == 1 and "\x1b" not in said
+    assert "(line 2, 'caption' is meant?)" in said or kind != "jsonl"
+    assert "'captoin' (line " in said and "'caption' is meant?" in said and ("cells behind" in said) == (kind == "csv")
+    assert said.endswith("the keys are video, caption, captions, start, end, cuts\n")
+    (videos / "vido.jsonl").write_text('{"vido": "a.mkv"}')
+    with pytest.raises(ValueError, match="line 1: no 'video'; it has: vido"):
+        encode.list_source(videos / "vido.jsonl")
 
 
 def test_bad_videos_are_skipped_logged_and_counted(videos, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """A preview: the right clips beside their originals, and nothing of the dataset becomes part of the page or a path."""
 
+import json
+import os
 import re
 import shutil
 
@@ -11,9 +13,11 @@ from data_prep.codecs import dataset_codec
 from data_prep.index import SampleIndex
 from data_prep.preview import choose, psnr_of, read_original
 from data_prep.shards import Sample, read_sample
+from data_prep.sources import list_source
 from data_prep.video import read_frames, write_video
 from tests.conftest import change_card
 from tests.data_prep.made import write_samples
+from tests.data_prep.test_tars import pack
 from tests.data_prep.test_video import write
 
 HOSTILE = '<script>alert("1")</script> & <b>'
@@ -123,27 +127,49 @@ def test_what_cannot_be_shown_is_named(made, tmp_path, capsys):
     shown = preview.preview(copy, tmp_path / "out", source=tmp_path / "videos")
     assert [bool(clip.problem) for clip in shown] == [True] * 4 + [False] * 2
     assert "000000_0000: damaged" in shown[0].problem and not shown[0].video
-    assert "&lt;i&gt;a.mkv: missing" in (tmp_path / "out" / "index.html").read_text() and shown[1].video
+    assert (
+        "&lt;i&gt;a.mkv: not one of the videos of --source" in (tmp_path / "out" / "index.html").read_text()
+        and shown[1].video
+    )
     assert len(capsys.readouterr().err.splitlines()) == 4
 
 
-@pytest.mark.parametrize(
-    "source", ["../secret.mp4", "a/../../secret.mp4", "{tmp}/secret.mp4", "", "a\0b", None, "..", "videos.mp4"]
-)
-def test_no_original_outside_of_the_folder_is_opened(source, tmp_path):
+@pytest.mark.parametrize("source", ["../secret.mp4", "a/../../secret.mp4", "{tmp}/secret.mp4", "", "a\0b", None, ".."])
+def test_no_original_outside_of_the_source_is_opened(source, tmp_path):
     (tmp_path / "videos").mkdir()
-    write(tmp_path / "secret.mp4", frames=5, fps=16)
+    for path in (tmp_path / "secret.mp4", tmp_path / "videos" / "a.mp4"):
+        write(path, frames=5, fps=16)
     card = {"video": {"fps": 16, "frames": 5, "height": 32, "width": 48}}
     source = source and source.replace("{tmp}", str(tmp_path))
+    videos = {row.source: row for row in list_source(tmp_path / "videos")}
     for start in (0, -1, float("nan"), "0"):
-        with pytest.raises(ValueError, match=r"not in the folder|does not say|missing"):
-            read_original(Sample(None, None, {"source": source, "start": start}), card, tmp_path / "videos")
+        with pytest.raises(ValueError, match=r"not one of the videos|does not say"):
+            read_original(Sample(None, None, {"source": source, "start": start}), card, videos)
+
+
+def test_originals_of_shards_and_of_a_manifest_that_leads_elsewhere(made, tmp_path, monkeypatch):
+    """A manifest names files anywhere: the user gives it, the dataset doesn't."""
+    videos, _ = made
+    data = (videos / "b.mp4").read_bytes()
+    pack(tmp_path / "tars" / "x.tar", [("k.mp4", data), ("k.txt", b"one")])
+    (tmp_path / "lists").mkdir()
+    manifest = tmp_path / "lists" / "list.jsonl"
+    manifest.write_text(json.dumps({"video": os.path.relpath(videos / "b.mp4", manifest.parent)}))
+    codec = ["--codec", f"default:{made[1]}", "--size", "32x48", "--frames", "5"]
+    for name, source in (("of tars", tmp_path / "tars"), ("of a manifest", manifest)):
+        assert encode.main([str(source), str(tmp_path / name), *codec]) == 0
+        shown = preview.preview(tmp_path / name, tmp_path / "out", source=source)
+        assert len(shown) == 2 and all(clip.psnr is not None and not clip.problem for clip in shown)
 
 
 def test_a_short_original_is_named(made):
     card = {"video": {"fps": 16, "frames": 5, "height": 32, "width": 48}}
     with pytest.raises(ValueError, match=r"b.mp4: 2 frames from 0.62 s on, the clip has 5"):
-        read_original(Sample(None, None, {"source": "b.mp4", "start": 0.625}), card, made[0])
+        read_original(
+            Sample(None, None, {"source": "b.mp4", "start": 0.625}),
+            card,
+            {row.source: row for row in list_source(made[0])},
+        )
 
 
 def test_errors_are_one_line(made, tmp_path, capsys):

@@ -135,6 +135,7 @@ def test_what_is_broken_is_one_line(dataset, change, says, capsys):
     assert stats.main([str(dataset)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and says in error
+    assert error.endswith(f"; this names all damage: python -m data_prep.verify {dataset}")
 
 
 def test_a_stream_never_unpickles_what_it_does_not_look_at(dataset):

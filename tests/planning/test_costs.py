@@ -171,3 +171,6 @@ def test_a_datasets_card_decides_the_clip(tmp_path):
 def test_without_a_dataset_the_size_decides_the_clip():
     recipe = config.from_dict({"model": plain_settings(), "stages": [{"frames": 6}]})
     assert clip_of(recipe, 0, (480, 832)) == Clip(6, 60, 104)
+    assert clip_of(recipe, 0, (704, 1280), 16) == Clip(6, 44, 80)
+    with pytest.raises(ValueError, match=r"--size: size 720x1280: must be multiples of 32, such as 704x1280"):
+        clip_of(recipe, 0, (720, 1280), 16)
