@@ -110,8 +110,8 @@ class Saver:
             free = shutil.disk_usage(making).free
             if free < self.bytes:
                 making.rmdir()
-                gib = 1 << 30
-                return f"{self.run}: a checkpoint takes {self.bytes / gib:.2f} GiB, {free / gib:.2f} GiB are free"
+                mib = 1 << 20
+                return f"{self.run}: a checkpoint takes {self.bytes / mib:,.0f} MiB, {free / mib:,.0f} MiB are free"
         except OSError as error:
             return str(error)
         return ""

@@ -89,7 +89,7 @@ def test_what_is_saved_is_the_state_at_the_beginning_and_failures_leave_the_olde
     beside, first, full, large, failures, *again, failures_at_the_end = told[0]
     assert beside is True and first == ""
     assert full.startswith("rank 1: [Errno 28] No space left on device") and "step-00000002.making" in full
-    assert large == f"{run}: a checkpoint takes {1 << 30:.2f} GiB, {large.split(', ')[1]}" and "GiB are free" in large
+    assert large == f"{run}: a checkpoint takes {1 << 40:,.0f} MiB, {large.split(', ')[-1]}" and "MiB are free" in large
     assert failures == 2 and again == ["", "", ""] and failures_at_the_end == 0
     assert sorted(os.listdir(run / "checkpoints")) == ["step-00000005", "step-00000006"]
     assert (run / "latest").read_text() == "step-00000006"
