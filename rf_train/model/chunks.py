@@ -1,5 +1,6 @@
 """Chunks, the autoregressive units of a clip, and which earlier chunks a chunk may read."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rf_train.settings import Kind, require_at_least
@@ -29,12 +30,15 @@ class Chunking:
 
     def sizes(self, frames: int, begin: int = 0) -> list[int]:
         """Latent frames of each chunk in `frames` frames that begin with chunk `begin`. The last may be partial."""
-        sizes: list[int] = []
+        return list(self.each_size(frames, begin))
+
+    def each_size(self, frames: int, begin: int = 0) -> Iterator[int]:
+        """The same one by one, for videos of which nobody knows the end."""
+        index = begin
         while frames > 0:
-            full = self.first if begin + len(sizes) == 0 else self.chunk
-            sizes.append(min(full, frames))
-            frames -= sizes[-1]
-        return sizes
+            size = min(self.chunk if index else self.first, frames)
+            yield size
+            index, frames = index + 1, frames - size
 
     def chunks(self, frames: int, begin: int = 0) -> tuple[Chunk, ...]:
         """The chunks of `frames` latent frames that begin with chunk `begin`."""
@@ -131,4 +135,4 @@ def attention_at_any_length(trained: Attention, chunks: int) -> Attention:
         return RoutedWithin(trained.top_k, trained.window, trained.sink, reach=seen)
     if isinstance(trained, Window) and trained.window + trained.sink <= seen:
         return trained
-    return Window(window=seen) if seen else Dense()
+    return Window(window=max(1, seen))

@@ -135,6 +135,11 @@ class KVCache:
             raise ValueError(f"{needed}, which {device} can't give: {reason}") from None
         self.chunks_written = 0
 
+    def forget_text(self) -> None:
+        """Drops cross-attention's keys and values: the next pass makes them, from the caption that it is given."""
+        for layer in self.layers:
+            layer.text = None
+
 
 def kv_cache_bytes(layers: int, batch: int, heads: int, tokens: int, head_dim: int, dtype: torch.dtype) -> int:
     """Bytes of the keys and values of `tokens` tokens."""
