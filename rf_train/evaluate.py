@@ -28,7 +28,7 @@ from rf_train.evaluation.long_videos import LongVideos, summary
 from rf_train.evaluation.routing_choices import RoutingChoices, counted_choices
 from rf_train.evaluation.statistics import as_text
 from rf_train.evaluation.video_metrics import GENERAL_METRICS
-from rf_train.generate import Generator, open_run
+from rf_train.generation.generator import Generator, open_run
 from rf_train.model.chunks import Attention
 from rf_train.model.transformer import VelocityModel, pad_text
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rf_train.config import from_dict
-from rf_train.generate import Generator
-from rf_train.model.chunks import Dense, RoutedWithin, Window
+from rf_train.generation.generator import Generator
+from rf_train.model.chunks import RoutedWithin, Window
 from tests.conftest import plain_settings
 
 
