@@ -56,7 +56,7 @@ class Branch:
         model(noisy=None, t=None, history=history, text=self.text, attention=attention, kv_cache=self.kv_cache)
 
     def change_text(self, text: Tensor) -> None:
-        """Other captions of the first term, [B, text_len, text_dim], from here on. Their keys and values are renewed."""
+        """Other captions of the first term, [B, text_len, text_dim]. Keys and values of text are made again."""
         self.text = torch.cat([text, self.text[len(text) :]])
         self.kv_cache.forget_text()
 

@@ -105,6 +105,14 @@ def open_run(
     if wrong:
         raise ValueError(f"{folder}: the checkpoint does not fit the recipe's model: {wrong}")
     model.load_state_dict(state)
+    return make_generator(recipe, model, checkpoint.step_of(folder), device)
+
+
+def make_generator(recipe: Recipe, model: CausalWan, step: int, device: torch.device) -> Generator:
+    """A generator with a recipe's model, whose weights are those of `step`, and the codec of the recipe's dataset.
+
+    Raises ValueError when the dataset is not there, or does not fit the model.
+    """
     model = model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
     patience = recipe.data.patience
     dataset = place_of(recipe.folders_of(recipe.data.train or recipe.stages[0].data)[0], patience)
@@ -113,4 +121,4 @@ def open_run(
     folders = [place_of(recipe.folders_of(recipe.dataset_of(stage))[0], patience) for stage in recipe.stages]
     frames = [stage.frames or read_card(folder)["latent"]["frames"] for stage, folder in zip(recipe.stages, folders)]
     codec = dataset_codec(dataset, device.type)
-    return Generator(recipe, model, checkpoint.step_of(folder), card, max(frames), codec, dataset, device)
+    return Generator(recipe, model, step, card, max(frames), codec, dataset, device)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from rf_train.engine.devices import memory_of
 from rf_train.generation.generator import Generator
 from rf_train.model.kv_cache import kv_cache_bytes
-from rf_train.planning.costs import GIB
 
 MARGIN = 0.85  # the share of what is free that is planned with
 MOST_AT_ONCE = 4  # more videos at once gain little: a chunk of one real video fills a GPU
@@ -40,22 +39,22 @@ class Memory:
                 return BatchPlan(batch or min(fit, MOST_AT_ONCE), in_one_batch and self.branches > 1)
         need = max(1, batch) * self.of_video(False)
         raise ValueError(
-            f"{max(1, batch)} video(s) at once need about {need / GIB:.2f} GiB, {self.free / GIB:.2f} GiB are free: "
+            f"{max(1, batch)} video(s) at once need about {size(need)}, {size(self.free)} are free: "
             "take a smaller --batch, a smaller size, or a narrower window"
         )
 
     def lines(self, plan: "BatchPlan") -> str:
         """The two lines for people."""
         one = self.of_video(plan.guidance_in_one_batch)
-        parts = f"K/V caches {self.caches / GIB:.3f}, decoder {self.decoder / GIB:.3f}"
-        parts += f", a pass {(one - self.caches - self.decoder) / GIB:.3f}"
+        parts = f"K/V caches {size(self.caches)}, decoder {size(self.decoder)}"
+        parts += f", a pass {size(one - self.caches - self.decoder)}"
         how = "without guidance"
         if self.branches > 1:
             how = f"guidance in {'one batch' if plan.guidance_in_one_batch else 'two passes'}"
         at_once = f"{plan.videos} video(s) at once, {how}"
         return (
-            f"memory: about {one / GIB:.3f} GiB for each video at once, however long it gets ({parts})\n"
-            f"        {self.free / GIB:.2f} GiB are free: {at_once}"
+            f"memory: about {size(one)} for each video at once, however long it gets ({parts})\n"
+            f"        {size(self.free)} are free: {at_once}"
         )
 
 
@@ -82,3 +81,8 @@ def memory_needed(generator: Generator, frames: int, ranks_here: int = 1) -> Mem
     passes = chunk * (6 * settings.dim * 4 + (6 * settings.dim + 2 * settings.ffn_dim) * weight.element_size())
     decoder = generator.codec.decoder_bytes(latent["height"], latent["width"])
     return Memory(branches * cache, decoder, passes, branches, memory_of(generator.device, ranks_here))
+
+
+def size(count: int) -> str:
+    """Bytes for people: "1.2 GiB"."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
