@@ -69,14 +69,15 @@ class Videos:
         """Yields for each chunk the frames of each video: uint8 [f, H, W, 3]."""
         generator, made = self.generator, 0
         decoders = [generator.codec.decoder() for _ in self.prompts]
-        for latent in self._latents():
+        for latent in self.latents():
             frames = [decode(part) for decode, part in zip(decoders, latent.float().cpu())]
             frames = [part[: self.frames - made] for part in frames]
             made += len(frames[0])
             if len(frames[0]):
                 yield frames
 
-    def _latents(self) -> Iterator[Tensor]:
+    def latents(self) -> Iterator[Tensor]:
+        """Yields the videos' latents chunk by chunk, each [B, C, f, H, W] in fp32."""
         generator, (text, renewed) = self.generator, self._captions()
         request = VideoRequest.like(
             generator.card, generator.recipe.model, generator.device, text, self.latent_frames, list(self.seeds),
