@@ -38,6 +38,7 @@ class Generator:
     codec: Codec
     dataset: Place
     device: torch.device
+    positions: str = "absolute"  # of sinks, see `POSITIONS`
 
     def embed(self, prompts: Sequence[str]) -> list[Tensor]:
         """The prompts' embeddings, fp32 [L, text_dim], by the text encoder that made the dataset."""
@@ -59,7 +60,7 @@ class Generator:
     @property
     def attention(self) -> Attention:
         """That of videos of any length; see `attention_at_any_length`."""
-        return attention_at_any_length(self.recipe.stages[-1].attention, self.trained_chunks)
+        return attention_at_any_length(self.recipe.stages[-1].attention, self.trained_chunks, self.positions)
 
     @property
     def fps(self) -> float:

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 
 from rf_train.settings import Kind, require_at_least
 
+# Of sinks, in videos longer than the training clips. absolute: their own. relative: they keep the largest distance that
+# training had. Other chunks are read at relative distances that training had, either way.
+POSITIONS = ("absolute", "relative")
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -121,18 +125,32 @@ class RoutedWithin(Routed):
     """Routing in generation: among the last `reach` earlier chunks only, and the first `sink` ones."""
 
     reach: int = 1
+    farthest_sink: int | None = None  # as in `WindowWithin`; None: sinks stay at their own positions
 
 
-def attention_at_any_length(trained: Attention, chunks: int) -> Attention:
+@dataclass(frozen=True)
+class WindowWithin(Window):
+    """A window in generation: to a chunk from `farthest_sink` + 1 on, the sinks look as to chunk `farthest_sink`.
+
+    So the rotary positions of sinks move along with the video. Distances stay those of training when `farthest_sink`
+    is the last chunk of the clips trained on.
+    """
+
+    farthest_sink: int = 1
+
+
+def attention_at_any_length(trained: Attention, chunks: int, positions: str = "absolute") -> Attention:
     """The attention of generation after training with `trained` on clips of `chunks` chunks.
 
     After routing it is routing itself, if the clips had so many chunks that it made a choice, among as many chunks as
     the history seen in training. Else it is a window as wide as that history, or training's own window if that is
-    narrower. So relative positions stay inside what was trained, however long the video gets: farther ones spoil it.
+    narrower. So a window's relative positions stay inside what was trained, however long the video gets: farther ones
+    spoil it. `positions`: what happens to the sinks', one of `POSITIONS`.
     """
     seen = chunks - 1
+    farthest = seen if positions == "relative" else None
     if isinstance(trained, Routed) and trained.read_chunks < seen:
-        return RoutedWithin(trained.top_k, trained.window, trained.sink, reach=seen)
+        return RoutedWithin(trained.top_k, trained.window, trained.sink, reach=seen, farthest_sink=farthest)
     if isinstance(trained, Window) and trained.window + trained.sink <= seen:
-        return trained
+        return trained if farthest is None else WindowWithin(trained.window, trained.sink, farthest_sink=farthest)
     return Window(window=max(1, seen))

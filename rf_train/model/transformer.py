@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rf_train.model.attention import PassLayout, two_stream_attention
-from rf_train.model.chunks import Attention, Chunk, Chunking, RoutedWithin, Window
+from rf_train.model.chunks import Attention, Chunk, Chunking, RoutedWithin, Window, WindowWithin
 from rf_train.model.elementwise import (
     gated_sum,
     gated_sum_and_norm,
@@ -306,6 +306,8 @@ class CausalWan(nn.Module):
         gives a cache, the newest history chunk, which is appended to the cache, and the next noisy chunk.
         """
         first_history = kv_cache.chunks_written if kv_cache is not None else 0
+        if kv_cache is not None and isinstance(attention, (WindowWithin, RoutedWithin)):
+            self._move_sinks(kv_cache, attention, history)
         parts, levels, rotary, streams = [], [], [], []
         for latent, begin, level in ((history, first_history, None), (noisy, noisy_chunk, t)):
             streams.append(() if latent is None else self.chunking.chunks(latent.shape[2], begin))
@@ -355,6 +357,17 @@ class CausalWan(nn.Module):
         if self.sequence_parallel is not None:
             out = self.sequence_parallel.all_gather_tokens(out, 2)
         return rearrange(out, "b f (h w) (p q c) -> b c f (h p) (w q)", h=height, w=width, p=p, q=p)
+
+    def _move_sinks(self, kv_cache: KVCache, attention: WindowWithin | RoutedWithin, history: Tensor | None) -> None:
+        """Moves the sinks for a pass whose noisy chunk follows its history: see `WindowWithin`."""
+        farthest, added = attention.farthest_sink, 0 if history is None else history.shape[2]
+        if farthest is None or not attention.sink:
+            return
+        start = self.chunking.start
+        chunk = kv_cache.chunks_written + len(self.chunking.sizes(added, kv_cache.chunks_written))
+        assert farthest >= attention.sink
+        if chunk > farthest:
+            kv_cache.move_sinks(start(chunk) - start(farthest))
 
     def cached_frames(self, frames: int, attention: Attention) -> int:
         """Latent frames that a cache keeps of `frames` latent frames of history: only what later chunks can read."""

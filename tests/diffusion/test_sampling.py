@@ -18,7 +18,7 @@ from rf_train.diffusion.sampling import (
     sample,
     sample_chunks,
 )
-from rf_train.model.chunks import Dense, Routed, RoutedWithin, Window, attention_at_any_length
+from rf_train.model.chunks import Dense, Routed, RoutedWithin, Window, WindowWithin, attention_at_any_length
 from tests.conftest import assert_close, random_clip, tolerance
 
 
@@ -200,3 +200,57 @@ def test_routing_in_generation_reaches_as_far_as_in_training(tiny_model, device,
     assert kept == [*range(sink), 3, 4, 5, 6, 7]
     assert all(torch.equal(one, other) for one, other in zip(near[:6], far[:6]))
     assert not torch.equal(near[8], far[8])
+
+
+@pytest.mark.parametrize("first_chunk", [3, 1])
+@torch.no_grad()
+def test_relative_positions_show_the_sink_where_training_had_it(tiny_model, device, first_chunk):
+    """With one layer, chunk 9 of a long video is chunk 4 of a clip that has the sink, and the last two chunks.
+
+    One layer, because keys of its history depend on the history's own content alone.
+    """
+    model, flow = tiny_model(device, layers=1, first_chunk=first_chunk), FlowSettings(sampling_steps=2, guidance=1.0)
+    request, long = request_for(model, model.chunking.start(10), [3]), WindowWithin(2, 1, farthest_sink=4)
+    made = sample(model, request, flow, long)
+    start = model.chunking.start
+    x, t, _ = random_clip(3, 1, model.settings, seed=9, device=device)
+
+    def velocity(chunks: list[int], index: int, attention) -> torch.Tensor:
+        """Of noisy chunk `index`, after a clip of these chunks of the video; the one before it comes with the pass."""
+        cache = model.new_kv_cache(1, 6, 60, attention)
+        rest = {"text": request.text, "attention": attention, "kv_cache": cache}
+        for chunk in chunks[:-1]:
+            model(noisy=None, t=None, history=made[:, :, start(chunk) : start(chunk + 1)], **rest)
+        newest = made[:, :, start(chunks[-1]) : start(chunks[-1] + 1)]
+        return model(noisy=x, t=t, history=newest, noisy_chunk=index, **rest)
+
+    relative = velocity(list(range(9)), 9, long)
+    short = velocity([0, 5, 7, 8], 4, Window(2, 1))  # the second one isn't read
+    absolute = velocity(list(range(9)), 9, Window(2, 1))
+    assert (relative - short).abs().max() < tolerance(device, 1e-5)
+    assert (absolute - short).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "absolute, relative",
+    [
+        (Window(1, 1), WindowWithin(1, 1, farthest_sink=3)),
+        (RoutedWithin(1, 0, 1, reach=3), RoutedWithin(1, 0, 1, reach=3, farthest_sink=3)),
+    ],
+)
+@torch.no_grad()
+def test_relative_positions_are_absolute_ones_inside_the_trained_length(tiny_model, device, absolute, relative):
+    """Bit for bit up to the last chunk of training. Beyond, the sink looks nearer. Without a sink nothing moves."""
+    model, flow = tiny_model(device), FlowSettings(sampling_steps=2, guidance=2.0)
+    videos = [sample(model, request_for(model, 30, [3]), flow, kind) for kind in (absolute, relative)]
+    assert torch.equal(videos[0][:, :, :12], videos[1][:, :, :12])
+    assert (videos[0] - videos[1])[:, :, 12:].abs().amax() > 1e-4
+    without = [replace(kind, sink=0) for kind in (absolute, relative)]
+    one, other = (sample(model, request_for(model, 30, [3]), flow, kind) for kind in without)
+    assert torch.equal(one, other)
+
+
+def test_how_sinks_are_read_at_any_length():
+    assert attention_at_any_length(Window(3, 1), 7, "relative") == WindowWithin(3, 1, farthest_sink=6)
+    assert attention_at_any_length(Routed(2, 0, 1), 7, "relative") == RoutedWithin(2, 0, 1, 6, farthest_sink=6)
+    assert attention_at_any_length(Dense(), 7, "relative") == Window(6)
