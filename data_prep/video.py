@@ -18,6 +18,7 @@ from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
 from PIL import Image
 
+from data_prep.files import sync
 from data_prep.tars import Region
 
 # Containers whose header declares a duration. A file that ends earlier is cut short.
@@ -316,6 +317,7 @@ class VideoWriter:
                 self._container.mux(self._stream.encode(None))
                 container, self._container = self._container, None
                 container.close()
+                sync(self._temporary)
                 os.replace(self._temporary, self.path)
         finally:
             if self._container is not None:

@@ -1,32 +1,49 @@
 """Makes videos with a trained run, of any length:  python -m rf_train.generate RUN OUT.mp4 --prompt TEXT --seconds 15
 
-With --image FILE or --video FILE they begin with an image, or with the first frames of a real video.
+With --image FILE or --video FILE they begin with an image, or with the first frames of a real video. With --prompts
+FILE it makes a folder of videos, alone or on many ranks. With --play it shows a video on a page while it is made.
 """
 
 import argparse
+import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from data_prep.command import require_finite, run_command
+from data_prep.files import sha256_of_file
+from rf_train.config import to_dict
+from rf_train.engine import checkpoint
+from rf_train.engine.devices import gpu_is_usable, gpu_of_rank
 from rf_train.generation.generator import Generator, open_run
 from rf_train.generation.given import first_frames, still_image
-from rf_train.generation.prompts import Prompts
-from rf_train.generation.stream import Stream, Videos, write
+from rf_train.generation.many import make_batches, open_job
+from rf_train.generation.memory import memory_needed
+from rf_train.generation.play import Player
+from rf_train.generation.prompts import Prompts, read_prompts
+from rf_train.generation.stream import ENDLESS, Stream, Videos, write
+from rf_train.model.chunks import POSITIONS
 
 
 def generate(options: argparse.Namespace) -> str:
-    """Writes the video that the command line asks for. Returns the line that says what was made."""
+    """Does what the command line asks for. Returns the line that says what was made."""
     check_options(options)
+    if options.prompts:
+        return make_many(options)
     prompts = Prompts.of(options.prompt)
-    generator = open_run(options.run, options.overrides, options.step)
+    generator = open_run(options.run, options.overrides, options.step, positions=options.positions)
     given = given_chunks(generator, options)
-    videos = Videos(generator, [prompts], [options.seed], options.seconds, options.negative, given)
+    seconds = ENDLESS if options.play else options.seconds
+    videos = Videos(generator, [prompts], [options.seed], seconds, options.negative, given)
     if given is not None and given.shape[2] >= videos.latent_frames:
         taken = f"the {given.shape[2]} latent frames taken from {options.image or options.video}"
         raise ValueError(f"--seconds {options.seconds} is not longer than {taken}")
+    if options.play:
+        return play(videos, options.port)
     video = Stream(videos)
     print(video.memory.lines(video.plan), flush=True)
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
@@ -43,25 +60,82 @@ def given_chunks(generator: Generator, options: argparse.Namespace) -> Tensor | 
     return first_frames(generator, options.video, options.given_chunks) if options.video else None
 
 
+def make_many(options: argparse.Namespace) -> str:
+    """Makes the videos of a prompt file: this rank's share, and whatever no other rank makes."""
+    prompts = read_prompts(options.prompts)
+    rank, world_size, device = this_rank()
+    generator = open_run(options.run, options.overrides, options.step, device=device, positions=options.positions)
+    like = Videos(generator, [], [], options.seconds, options.negative)
+    memory = memory_needed(generator, like.latent_frames, int(os.environ.get("LOCAL_WORLD_SIZE") or world_size))
+    settings = {
+        "checkpoint": sha256_of_file(checkpoint.at_step(Path(options.run), options.step) / "manifest.json"),
+        "seconds": options.seconds,
+        "negative": options.negative,
+        "flow": asdict(generator.recipe.flow),
+        "attention": to_dict(generator.recipe)["stages"][-1]["attention"],
+        "positions": options.positions,
+        "device": device.type,
+    }
+    job = open_job(options.out, settings, prompts, options.samples, options.seed, memory.plan(options.batch))
+    if rank == 0:
+        print(memory.lines(job.plan), flush=True)
+    made = make_batches(job, like, rank, world_size)
+    there = len(job.videos) - len(job.missing(job.videos))
+    return f"{options.out}: rank {rank} made {made} videos; {there} of {len(job.videos)} are there"
+
+
+def this_rank() -> tuple[int, int, torch.device]:
+    """(rank, ranks, device) as DeepSpeed's launcher, torchrun or Slurm's srun say. Ranks need no network."""
+
+    def said(*names: str, default: int) -> int:
+        return next((int(os.environ[name]) for name in names if os.environ.get(name)), default)
+
+    rank, world_size = said("RANK", "SLURM_PROCID", default=0), said("WORLD_SIZE", "SLURM_NTASKS", default=1)
+    if not gpu_is_usable():
+        return rank, world_size, torch.device("cpu")
+    local, here = said("LOCAL_RANK", "SLURM_LOCALID", default=0), said("LOCAL_WORLD_SIZE", default=world_size)
+    index = gpu_of_rank(local, here, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    torch.cuda.set_device(index)
+    return rank, world_size, torch.device("cuda", index)
+
+
+def play(videos: Videos, port: int) -> str:
+    """Shows a video until it is interrupted."""
+    player = Player(videos.fps, videos.prompts[0].texts[0], port)
+    video = Stream(videos, live=player.next_prompt)
+    print(video.memory.lines(video.plan))
+    print(f"open {player.address} in a browser; Ctrl-C ends it", flush=True)
+    for frames in video:
+        player.add(frames)
+    return f"{player.shown} frames shown"
+
+
 def check_options(options: argparse.Namespace) -> None:
     """Raises ValueError for invalid options."""
-    if not (options.prompt or options.video or options.image):
-        raise ValueError("give --prompt TEXT, --image FILE, --video FILE, or a prompt with one of these files")
+    if options.prompts and (options.prompt or options.video or options.image or options.play):
+        raise ValueError("--prompts FILE makes many videos from text; leave out --prompt, --image, --video and --play")
+    if not (options.prompts or options.prompt or options.video or options.image or options.play):
+        raise ValueError("give --prompt TEXT, --image FILE or --video FILE, or --prompts FILE for many videos")
     if options.video and options.image:
         raise ValueError("--image and --video: a video begins with one of them")
     require_finite(seconds=options.seconds)
     if options.seconds <= 0:
         raise ValueError(f"--seconds {options.seconds}: must be positive")
-    if options.given_chunks < 1:
-        raise ValueError(f"--given-chunks {options.given_chunks}: must be at least 1")
-    if Path(options.out).suffix != ".mp4":
-        raise ValueError(f"{options.out}: the output is an .mp4 file")
+    for name, least in (("given_chunks", 1), ("samples", 1), ("batch", 0), ("port", 0)):
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
+    if options.play:
+        if options.out:
+            raise ValueError(f"{options.out}: --play writes no file; leave it out")
+    elif not options.out:
+        raise ValueError("say where to write: RUN OUT.mp4, or RUN FOLDER with --prompts")
+    elif (Path(options.out).suffix == ".mp4") == bool(options.prompts):
+        raise ValueError(f"{options.out}: the output is an .mp4 file, or with --prompts a folder")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rf_train.generate", description="Makes videos with a trained run.")
     parser.add_argument("run", help="a folder written by rf_train.train")
-    parser.add_argument("out", help="the mp4 to write")
     parser.add_argument(
         "--prompt", action="append", default=[],
         help='what the video shows; several like "0: a boat" and "5: a storm" change at these seconds',
@@ -74,10 +148,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--step", type=int, default=0, help="the checkpoint's step (default: the newest)")
     parser.add_argument(
-        "overrides", nargs="*", metavar="a.b=c",
-        help="settings, e.g. flow.guidance=3 flow.sampling_steps=50 flow.sampling_shift=5 flow.solver=heun",
+        "--positions", choices=POSITIONS, default=POSITIONS[0],
+        help="of sinks, beyond the trained length: their own, or as far away as training had them",
+    )  # fmt: skip
+    parser.add_argument("--prompts", help="a file with one prompt per line: OUT is a folder of videos, one per prompt")
+    parser.add_argument("--samples", type=int, default=1, help="with --prompts: videos of each prompt")
+    parser.add_argument("--batch", type=int, default=0, help="with --prompts: videos at once (default: as many as fit)")
+    parser.add_argument("--play", action="store_true", help="show the video on a page, with a box for the next prompt")
+    parser.add_argument("--port", type=int, default=8000, help="with --play: the page's port (0: any)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the launcher
+    parser.add_argument(
+        "rest", nargs="*", metavar="OUT | a.b=c",
+        help="the mp4 or folder to write; settings, e.g. flow.guidance=3 flow.sampling_steps=50 flow.solver=heun",
     )  # fmt: skip
     options = parser.parse_intermixed_args(arguments)
+    first = (
+        options.rest[:1] if options.rest and ("=" not in options.rest[0] or options.rest[0].endswith(".mp4")) else []
+    )
+    options.out, options.overrides = "".join(first), options.rest[len(first) :]
     return run_command(lambda: print(generate(options)))
 
 

@@ -256,7 +256,7 @@ BAD_INPUT = [
     ([*TRAIN, "data.train=data/train", "evaluation.every=5"], "data.evaluation: data/demo/long: no such folder"),
     (["rf_train.train", "nowhere.yaml"], "nowhere.yaml: no such recipe"),
     (["rf_train.generate", "runs/none", "o.mp4", "--prompt", "x"], "runs/none: not a run"),
-    (["rf_train.generate", "runs/r", "o.mp4"], "give --prompt TEXT, --video FILE or both"),
+    (["rf_train.generate", "runs/r", "o.mp4"], "give --prompt TEXT, --image FILE or --video FILE"),
     (["rf_train.generate", "runs/r", "o.gif", "--prompt", "x"], "an .mp4 file"),
     (["rf_train.generate", "runs/r", "o.mp4", "--video", "none.mp4"], "none.mp4"),
     (["rf_train.generate", "runs/r", "o.mp4", "--video", "videos/long/video-00000.txt"], "video-00000.txt"),

@@ -1,7 +1,7 @@
 """A trained model, ready to sample."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -85,11 +85,13 @@ def open_run(
     step: int = 0,
     weights: str = "ema",
     device: torch.device | None = None,
+    positions: str = "absolute",
 ) -> Generator:
     """Opens a run: its recipe with `overrides`, the weights of a checkpoint (step 0 = the newest), the codec.
 
-    `weights`: "ema", the average, or "master", the last weights. `device`: None for a GPU where there is one. Raises a
-    one-line ValueError when there is no such run or checkpoint, or its dataset is gone.
+    `weights`: "ema", the average, or "master", the last weights. `device`: None for a GPU where there is one.
+    `positions`: one of `POSITIONS`. Raises a one-line ValueError when there is no such run or checkpoint, or when its
+    dataset is gone.
     """
     run = Path(run)
     if not (run / "recipe.yaml").is_file():
@@ -106,7 +108,7 @@ def open_run(
     if wrong:
         raise ValueError(f"{folder}: the checkpoint does not fit the recipe's model: {wrong}")
     model.load_state_dict(state)
-    return make_generator(recipe, model, checkpoint.step_of(folder), device)
+    return replace(make_generator(recipe, model, checkpoint.step_of(folder), device), positions=positions)
 
 
 def make_generator(recipe: Recipe, model: CausalWan, step: int, device: torch.device) -> Generator:

@@ -115,10 +115,11 @@ class Videos:
 class Stream:
     """One video: iterate to get each chunk's frames, uint8 [f, H, W, 3], as soon as they are made."""
 
-    def __init__(self, videos: Videos):
+    def __init__(self, videos: Videos, live: Callable[[], str | None] | None = None):
+        """`live`: see `Videos`. Raises ValueError when the memory that is free does not suffice."""
         self.memory = videos.memory
         self.plan: BatchPlan = self.memory.plan(1)
-        self.videos = replace(videos, guidance_in_one_batch=self.plan.guidance_in_one_batch)
+        self.videos = replace(videos, guidance_in_one_batch=self.plan.guidance_in_one_batch, live=live)
         self.fps, self.frames, self.chunk_count = videos.fps, videos.frames, videos.chunk_count
 
     def __iter__(self) -> Iterator[np.ndarray]:
