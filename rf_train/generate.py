@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--step", type=int, default=0, help="the checkpoint's step (default: the newest)")
     parser.add_argument(
         "--positions", choices=POSITIONS, default=POSITIONS[0],
-        help="of sinks, beyond the trained length: their own, or as far away as training had them",
+        help="of sinks: relative (default), never farther away than in training; or absolute",
     )  # fmt: skip
     parser.add_argument("--prompts", help="a file with one prompt per line: OUT is a folder of videos, one per prompt")
     parser.add_argument("--samples", type=int, default=1, help="with --prompts: videos of each prompt")

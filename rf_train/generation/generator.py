@@ -38,7 +38,7 @@ class Generator:
     codec: Codec
     dataset: Place
     device: torch.device
-    positions: str = "absolute"  # of sinks, see `POSITIONS`
+    positions: str = "relative"  # of sinks, see `POSITIONS`
 
     def embed(self, prompts: Sequence[str]) -> list[Tensor]:
         """The prompts' embeddings, fp32 [L, text_dim], by the text encoder that made the dataset."""
@@ -85,7 +85,7 @@ def open_run(
     step: int = 0,
     weights: str = "ema",
     device: torch.device | None = None,
-    positions: str = "absolute",
+    positions: str = "relative",
 ) -> Generator:
     """Opens a run: its recipe with `overrides`, the weights of a checkpoint (step 0 = the newest), the codec.
 

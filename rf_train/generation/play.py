@@ -37,7 +37,9 @@ document.forms[0].onsubmit = event => {
   event.preventDefault()
   status({method: "POST", body: document.forms[0].prompt.value})
 }
-setInterval(() => status().catch(() => { said.textContent = "the generator has stopped" }), 1000)
+const look = () => status().catch(() => { said.textContent = "the generator has stopped" })
+look()
+setInterval(look, 1000)
 </script>
 """
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from rf_train.settings import Kind, require_at_least
 
-# Of sinks, in videos longer than the training clips. absolute: their own. relative: they keep the largest distance that
-# training had. Other chunks are read at relative distances that training had, either way.
-POSITIONS = ("absolute", "relative")
+# How far away sinks are in videos that are longer than the training clips. relative: never farther than in training.
+# absolute: as far as they are. Other chunks are read at relative distances that training had, either way.
+POSITIONS = ("relative", "absolute")
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class WindowWithin(Window):
     farthest_sink: int = 1
 
 
-def attention_at_any_length(trained: Attention, chunks: int, positions: str = "absolute") -> Attention:
+def attention_at_any_length(trained: Attention, chunks: int, positions: str = "relative") -> Attention:
     """The attention of generation after training with `trained` on clips of `chunks` chunks.
 
     After routing it is routing itself, if the clips had so many chunks that it made a choice, among as many chunks as
@@ -148,7 +148,7 @@ def attention_at_any_length(trained: Attention, chunks: int, positions: str = "a
     spoil it. `positions`: what happens to the sinks', one of `POSITIONS`.
     """
     seen = chunks - 1
-    farthest = seen if positions == "relative" else None
+    farthest = seen if positions == "relative" and getattr(trained, "sink", 0) else None
     if isinstance(trained, Routed) and trained.read_chunks < seen:
         return RoutedWithin(trained.top_k, trained.window, trained.sink, reach=seen, farthest_sink=farthest)
     if isinstance(trained, Window) and trained.window + trained.sink <= seen:

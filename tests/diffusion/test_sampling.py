@@ -179,10 +179,10 @@ def test_a_longer_video_begins_as_a_shorter_one_and_a_video_does_not_depend_on_i
 
 def test_after_training_the_distances_stay_those_of_training():
     assert attention_at_any_length(Routed(2), 7) == RoutedWithin(2, reach=6)
-    assert attention_at_any_length(Routed(2, window=1, sink=1), 7) == RoutedWithin(2, 1, 1, reach=6)
+    assert attention_at_any_length(Routed(2, window=1), 7) == RoutedWithin(2, 1, reach=6)
     assert attention_at_any_length(Routed(6), 7) == Window(window=6)  # it made no choice
     assert attention_at_any_length(Dense(), 7) == Window(window=6)
-    assert attention_at_any_length(Window(window=3, sink=1), 7) == Window(window=3, sink=1)
+    assert attention_at_any_length(Window(window=3), 7) == Window(window=3)
     assert attention_at_any_length(Dense(), 1) == Window(window=1)
 
 
@@ -251,6 +251,7 @@ def test_relative_positions_are_absolute_ones_inside_the_trained_length(tiny_mod
 
 
 def test_how_sinks_are_read_at_any_length():
-    assert attention_at_any_length(Window(3, 1), 7, "relative") == WindowWithin(3, 1, farthest_sink=6)
-    assert attention_at_any_length(Routed(2, 0, 1), 7, "relative") == RoutedWithin(2, 0, 1, 6, farthest_sink=6)
-    assert attention_at_any_length(Dense(), 7, "relative") == Window(6)
+    assert attention_at_any_length(Window(3, 1), 7) == WindowWithin(3, 1, farthest_sink=6)
+    assert attention_at_any_length(Routed(2, 0, 1), 7) == RoutedWithin(2, 0, 1, 6, farthest_sink=6)
+    assert attention_at_any_length(Window(3, 1), 7, "absolute") == Window(3, 1)
+    assert attention_at_any_length(Routed(2, 0, 1), 7, "absolute") == RoutedWithin(2, 0, 1, 6)
