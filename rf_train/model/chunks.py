@@ -148,7 +148,8 @@ def attention_at_any_length(trained: Attention, chunks: int, positions: str = "r
     spoil it. `positions`: what happens to the sinks', one of `POSITIONS`.
     """
     seen = chunks - 1
-    farthest = seen if positions == "relative" and getattr(trained, "sink", 0) else None
+    sink = trained.sink if isinstance(trained, (Window, Routed)) else 0
+    farthest = seen if sink and positions == "relative" else None
     if isinstance(trained, Routed) and trained.read_chunks < seen:
         return RoutedWithin(trained.top_k, trained.window, trained.sink, reach=seen, farthest_sink=farthest)
     if isinstance(trained, Window) and trained.window + trained.sink <= seen:
