@@ -124,6 +124,8 @@ def check_options(options: argparse.Namespace) -> None:
     for name, least in (("given_chunks", 1), ("samples", 1), ("batch", 0), ("port", 0)):
         if getattr(options, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
+    if options.port > 65535:
+        raise ValueError(f"--port {options.port}: must be at most 65535")
     if options.play:
         if options.out:
             raise ValueError(f"{options.out}: --play writes no file; leave it out")

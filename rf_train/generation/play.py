@@ -48,7 +48,7 @@ class Player:
     """Shows frames at their rate to everybody who looks, and keeps the prompt that was typed last."""
 
     def __init__(self, fps: float, prompt: str = "", port: int = 0):
-        """Port 0: any that is free. Raises OSError when the port is taken."""
+        """Port 0: any that is free. Raises ValueError when the port is taken, or needs rights."""
         self.fps, self.prompt = fps, prompt
         self.shown = 0  # frames so far
         self._jpeg = b""
@@ -56,7 +56,10 @@ class Player:
         self._typed: queue.SimpleQueue[str] = queue.SimpleQueue()
         # One chunk waits while another one is shown: a prompt is seen soon, and the picture doesn't stop in between.
         self._chunks: queue.Queue[np.ndarray] = queue.Queue(maxsize=1)
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), _handler_of(self))
+        try:
+            self._server = ThreadingHTTPServer(("127.0.0.1", port), _handler_of(self))
+        except OSError as error:
+            raise ValueError(f"--port {port}: {error.strerror}; choose another one, or 0 for any") from None
         self._server.daemon_threads = True
         self.address = f"http://127.0.0.1:{self._server.server_port}"
         for action in (self._server.serve_forever, self._show):

@@ -49,6 +49,12 @@ def test_a_typed_prompt_is_given_on_once_and_the_last_one_counts(player):
     assert player.next_prompt() == "a blue disc" and player.next_prompt() is None
 
 
+def test_a_port_that_is_taken_is_named(player):
+    port = int(player.address.rpartition(":")[2])
+    with pytest.raises(ValueError, match=f"--port {port}: Address already in use; choose another one"):
+        Player(16, port=port)
+
+
 def test_strangers_are_refused(player):
     """Another site's page that posts here; a name that was made to lead here; a prompt without end."""
     assert ask(player, "POST", "/prompt", "x", Origin="https://example.org")[0] == 403
