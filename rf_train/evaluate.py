@@ -151,6 +151,8 @@ def evaluate_run(options: argparse.Namespace) -> str:
         return calibration_table(found)
     request = {key: value for key, value in vars(options).items() if key not in ("run", "data", "calibrate")}
     request.update(step=generator.step, data=str(folder))
+    if getattr(generator.attention, "farthest_sink", None) is not None:  # before, sinks were at absolute positions
+        request["positions"] = generator.positions
     path = out / "evaluation.json"
     if read_evaluation(Path(options.run)).get("request") == request:
         print(f"{path}: exists already")

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from rf_train.engine.devices import memory_of
 from rf_train.generation.generator import Generator
 from rf_train.model.kv_cache import kv_cache_bytes
@@ -80,7 +82,15 @@ def memory_needed(generator: Generator, frames: int, ranks_here: int = 1) -> Mem
     chunk = 2 * min(frames, model.chunking.largest) * tokens
     passes = chunk * (6 * settings.dim * 4 + (6 * settings.dim + 2 * settings.ffn_dim) * weight.element_size())
     decoder = generator.codec.decoder_bytes(latent["height"], latent["width"])
-    return Memory(branches * cache, decoder, passes, branches, memory_of(generator.device, ranks_here))
+    return Memory(branches * cache, decoder, passes, branches, free_memory(generator.device, ranks_here))
+
+
+def free_memory(device: torch.device, ranks_here: int) -> int:
+    """Bytes that a rank can still take: of its GPU, or its share of what the system can give."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return memory_of(device, ranks_here)
 
 
 def size(count: int) -> str:

@@ -21,7 +21,11 @@ def contents(folder) -> dict[str, bytes]:
 def test_the_work_may_be_shared_and_interrupted_in_any_way(tiny_generator, tmp_path, monkeypatch):
     like = Videos(tiny_generator(), [], [], 1.0)
     job = open_job(tmp_path / "whole", {"seconds": 1.0}, PROMPTS, 1, 0, PLAN)
-    assert make_batches(job, like, 0, 1) == 5 and make_batches(job, like, 0, 1) == 0
+    assert make_batches(job, like, 0, 1) == 5
+    passes = []
+    hook = like.generator.model.register_forward_hook(lambda *_: passes.append(1))
+    assert make_batches(job, like, 0, 1) == 0 and not passes
+    hook.remove()
     whole = contents(tmp_path / "whole")
     assert list(whole) == [*(f"{index:05d}-0.mp4" for index in range(5)), "job.json"]
 
