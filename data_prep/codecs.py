@@ -4,6 +4,7 @@ Each has its own geometry. All are causal in time, in both directions. So a long
 latents, and decodes to the same first frames.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -34,6 +35,16 @@ class Codec(Protocol):
 
     def decode(self, latent: np.ndarray | Tensor) -> np.ndarray:
         """Normalised float [C, T, H, W] -> uint8 [1 + s_t (T - 1), s_h H, s_w W, 3]."""
+
+    def decoder(self) -> Callable[[np.ndarray | Tensor], np.ndarray]:
+        """A function that decodes a video piece by piece, of any number of latent frames each.
+
+        It takes a piece [C, T, H, W], and returns the piece's frames. Joined, they are those of `decode`, bit for bit.
+        What it keeps between calls does not grow.
+        """
+
+    def decoder_bytes(self, height: int, width: int) -> int:
+        """Bytes, about, that a `decoder` takes for a latent frame of `height` x `width` latent pixels."""
 
 
 def open_codec(spec: str, device: str = "cpu", precision: str = "auto") -> Codec:

@@ -5,7 +5,7 @@ A block is 4 frames of 8 x 8 RGB pixels; a latent pixel stands for one block.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -151,19 +151,32 @@ class DefaultCodec:
             latent[:, k] = z.permute(2, 0, 1).numpy()
         return latent
 
-    @torch.no_grad()
     def decode(self, latent: np.ndarray | Tensor) -> np.ndarray:
         """float [16, T, H, W] -> uint8 [1 + 4 (T - 1), 8 H, 8 W, 3]."""
-        latent = torch.as_tensor(latent).detach().cpu().float()
-        self.geometry.check_latent(tuple(latent.shape))
-        z = latent.permute(1, 2, 3, 0)
-        weights = self._tensors
-        frames = []
-        for k in range(latent.shape[1]):
-            coefficients = _decode_blocks(_with_neighbours(z[k : k + 1]), weights, weights["latent_std"])
-            frames.append(_to_frames(coefficients @ weights["basis"].T + weights["block_mean"]))
-        frames[0] = frames[0][-1:]
-        return torch.cat(frames).numpy()
+        return self.decoder()(latent)
+
+    def decoder(self) -> Callable[[np.ndarray | Tensor], np.ndarray]:
+        """See `Codec.decoder`. Between calls it only remembers whether the first latent frame is over."""
+        weights, begun = self._tensors, False
+
+        @torch.no_grad()
+        def decode(latent: np.ndarray | Tensor) -> np.ndarray:
+            nonlocal begun
+            latent = torch.as_tensor(latent).detach().cpu().float()
+            self.geometry.check_latent(tuple(latent.shape))
+            frames = []
+            for z in latent.permute(1, 2, 3, 0).split(1):
+                coefficients = _decode_blocks(_with_neighbours(z), weights, weights["latent_std"])
+                part = _to_frames(coefficients @ weights["basis"].T + weights["block_mean"])
+                frames.append(part if begun else part[-1:])
+                begun = True
+            return torch.cat(frames).numpy()
+
+        return decode
+
+    def decoder_bytes(self, height: int, width: int) -> int:
+        """See `Codec.decoder_bytes`: the numbers of a latent frame's blocks, in fp32 and twice."""
+        return height * width * 4 * (9 * CHANNELS + 2 * HIDDEN + COMPONENTS + 2 * BLOCK)
 
 
 def _to_blocks(frames: np.ndarray) -> Tensor:

@@ -19,6 +19,7 @@ from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
 from PIL import Image
 
+from data_prep.files import sync
 from data_prep.tars import Region
 
 # Containers whose header declares a duration. A file that ends earlier is cut short.
@@ -324,47 +325,73 @@ def _picture(frame: Any, stream: Any, size: tuple[int, int] | None) -> tuple[np.
     return np.ascontiguousarray(rgb), size
 
 
+class VideoWriter:
+    """Writes an H.264 mp4 that browsers play, frame by frame: yuv420p, with its index in front.
+
+    The same frames give the same file. `path` appears only when it is complete, at the end of the `with` block; after
+    an error, or when the process is killed, it does not. Memory does not grow with the video's length. Raises
+    ValueError for no frames, odd sizes, or frames of different shapes.
+    """
+
+    def __init__(self, path: str | Path, fps: float | Fraction, crf: int = 16):
+        self.path, self.fps, self.crf = Path(path), Fraction(fps).limit_denominator(100_000), crf
+        self.frames = 0  # written so far
+        self._temporary = self.path.with_name(f".{self.path.name}.tmp")
+        self._container: Any = None
+        self._stream: Any = None
+        self._shape: tuple[int, ...] = ()
+
+    def __enter__(self) -> "VideoWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                if not self.frames:
+                    raise ValueError(f"{self.path}: no frames to write")
+                self._container.mux(self._stream.encode(None))
+                container, self._container = self._container, None
+                container.close()
+                sync(self._temporary)
+                os.replace(self._temporary, self.path)
+        finally:
+            if self._container is not None:
+                self._container.close()
+            self._temporary.unlink(missing_ok=True)
+
+    def write(self, frames: Iterable[np.ndarray]) -> None:
+        """Adds frames, uint8 [T, H, W, 3] or an iterable of [H, W, 3]."""
+        for frame in frames:
+            frame = np.asarray(frame)
+            if self._container is None:
+                self._open(frame)
+            if frame.shape != self._shape or frame.dtype != np.uint8:
+                found = f"a frame is {frame.dtype} {frame.shape}, the first was {self._shape}"
+                raise ValueError(f"{self.path}: {found}")
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            picture = picture.reformat(format="yuv420p", threads=1)
+            picture.pts, picture.time_base = self.frames, 1 / self._stream.average_rate
+            self._container.mux(self._stream.encode(picture))
+            self.frames += 1
+
+    def _open(self, frame: np.ndarray) -> None:
+        check_writable(self.path, frame)
+        self._shape = frame.shape
+        self._container = av.open(str(self._temporary), "w", format="mp4", options={"movflags": "+faststart"})
+        self._stream = self._container.add_stream("libx264", rate=self.fps)
+        self._stream.height, self._stream.width, self._stream.pix_fmt = *frame.shape[:2], "yuv420p"
+        # The same frames must give the same file. So there is one thread, and no mbtree: on tiny pictures its assembly
+        # code depends on what the memory held before.
+        options = {"crf": str(self.crf), "preset": "medium", "threads": "1", "x264-params": "mbtree=0"}
+        self._stream.options = options
+
+
 def write_video(
     path: str | Path, frames: np.ndarray | Iterable[np.ndarray], fps: float | Fraction, crf: int = 16
 ) -> None:
-    """Writes frames, uint8 [T, H, W, 3] or an iterable of [H, W, 3], as an H.264 mp4 that browsers play.
-
-    The file is yuv420p, with its index in front. The same frames give the same file. `path` appears only when it is
-    complete. Raises ValueError for no frames, odd sizes, or frames of different shapes.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    container: Any = None
-    stream: Any = None
-    first: np.ndarray | None = None
-    try:
-        for number, frame in enumerate(frames):
-            frame = np.asarray(frame)
-            if first is None:
-                first = frame
-                check_writable(path, frame)
-                container = av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"})
-                stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(100_000))
-                stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], "yuv420p"
-                # The same frames must give the same file. So there is one thread, and no mbtree: on tiny pictures its
-                # assembly code depends on what the memory held before.
-                stream.options = {"crf": str(crf), "preset": "medium", "threads": "1", "x264-params": "mbtree=0"}
-            if frame.shape != first.shape or frame.dtype != np.uint8:
-                raise ValueError(f"{path}: a frame is {frame.dtype} {frame.shape}, the first was {first.shape}")
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            picture = picture.reformat(format="yuv420p", threads=1)
-            picture.pts, picture.time_base = number, 1 / stream.average_rate
-            container.mux(stream.encode(picture))
-        if first is None:
-            raise ValueError(f"{path}: no frames to write")
-        container.mux(stream.encode(None))
-        container.close()
-        container = None
-        os.replace(temporary, path)
-    finally:
-        if container is not None:
-            container.close()
-        temporary.unlink(missing_ok=True)
+    """Writes frames, uint8 [T, H, W, 3] or an iterable of [H, W, 3], with a `VideoWriter`."""
+    with VideoWriter(path, fps, crf) as writer:
+        writer.write(frames)
 
 
 def check_writable(path: Path, frame: np.ndarray) -> None:

@@ -1,6 +1,7 @@
 """The video VAEs of Wan 2.1 and Wan 2.2 (TI2V-5B) as codecs, by diffusers' AutoencoderKLWan."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,20 +88,38 @@ class WanCodec:
             latents.append((z[0, : shape[0]].float().cpu() - mean) / std)  # the other half is the log-variance
         return torch.cat(latents, dim=1).numpy()
 
-    @torch.no_grad()
     def decode(self, latent: np.ndarray | Tensor) -> np.ndarray:
         """float [C, T, H, W] -> uint8 [1 + s_t (T - 1), s_h H, s_w W, 3]."""
+        return self.decoder()(latent)
+
+    def decoder(self) -> Callable[[np.ndarray | Tensor], np.ndarray]:
+        """See `Codec.decoder`. Between calls it keeps the network's causal cache, two frames of each convolution."""
         from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
-        latent = torch.as_tensor(latent).detach().cpu().float()
-        self.geometry.check_latent(tuple(latent.shape))
+        cache = self._cache(self.vae.decoder)
         mean, std = (torch.tensor(numbers).view(-1, 1, 1, 1) for numbers in (self.mean, self.std))
-        latent = latent * std + mean
-        cache, frames = self._cache(self.vae.decoder), []
-        for k in range(latent.shape[1]):
-            z = self.vae.post_quant_conv(latent[None, :, k : k + 1].to(self.device, self.dtype))
-            x = self.vae.decoder(z, feat_cache=cache, feat_idx=[0], first_chunk=k == 0)
-            x = unpatchify(x, self._patch)[0].float()
-            x = x.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-            frames.append(x.permute(1, 2, 3, 0).cpu())
-        return torch.cat(frames).numpy()
+
+        @torch.no_grad()
+        def decode(latent: np.ndarray | Tensor) -> np.ndarray:
+            latent = torch.as_tensor(latent).detach().cpu().float()
+            self.geometry.check_latent(tuple(latent.shape))
+            frames = []
+            for raw in (latent * std + mean).split(1, dim=1):
+                z = self.vae.post_quant_conv(raw[None].to(self.device, self.dtype))
+                x = self.vae.decoder(z, feat_cache=cache, feat_idx=[0], first_chunk=cache[0] is None)
+                x = unpatchify(x, self._patch)[0].float()
+                x = x.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+                frames.append(x.permute(1, 2, 3, 0).cpu())
+            return torch.cat(frames).numpy()
+
+        return decode
+
+    @torch.no_grad()
+    def decoder_bytes(self, height: int, width: int) -> int:
+        """See `Codec.decoder_bytes`: twice the causal cache, which is measured on two tiny latent frames."""
+        cache, side = self._cache(self.vae.decoder), 2
+        for first in (True, False):
+            z = torch.zeros(1, self.geometry.channels, 1, side, side, device=self.device, dtype=self.dtype)
+            self.vae.decoder(self.vae.post_quant_conv(z), feat_cache=cache, feat_idx=[0], first_chunk=first)
+        kept = sum(part.numel() * part.element_size() for part in cache if isinstance(part, Tensor))
+        return 2 * kept * height * width // side**2

@@ -1,4 +1,4 @@
-"""Measures parts of the project:  python -m rf_train.bench attention|routing|model|step|rollout|data|checkpoint|gpu
+"""Measures parts of the project:  python -m rf_train.bench NAME
 
 Each prints a table for people and, as its last line, one JSON object with the same figures. Things that are compared
 are measured in turn, in one run. Figures are ratios of medians, because machines are noisy.
@@ -24,6 +24,7 @@ from torch import Tensor
 from data_prep.command import one_line
 from rf_train.bench_checkpoint import bench_checkpoint
 from rf_train.bench_data import MANY, bench_data
+from rf_train.bench_generate import bench_generate
 from rf_train.bench_gpu import bench_gpu, random_batch, two_streams, visible
 from rf_train.bench_self_forcing import MODEL_FILE
 from rf_train.config import Recipe, Stage
@@ -421,6 +422,7 @@ BENCHES: dict[str, Callable[[argparse.Namespace], Result]] = {
     "model": bench_model,
     "step": bench_step,
     "rollout": bench_rollout,
+    "generate": bench_generate,
     "data": bench_data,
     "checkpoint": bench_checkpoint,
     "gpu": bench_gpu,
@@ -437,6 +439,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--side", type=int, default=8, help="model, step: a latent frame is side x side tokens")
     parser.add_argument("--frames", type=int, default=3, help="model: latent frames per chunk")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--video-frames", type=int, default=10_000, help="generate: frames of the long video")
     parser.add_argument("--samples", type=int, default=64, help="data: samples of Wan's size that are read")
     parser.add_argument("--steps", type=int, default=20, help="data: training steps of the demo's model")
     parser.add_argument("--index-samples", type=int, default=MANY, help="data: made-up samples of the large index")
@@ -447,7 +450,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--self-forcing", type=Path, help="gpu: a copy of Self-Forcing's repository, to compare with")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the launcher
     options = parser.parse_args(arguments)
-    counts = "chunks tokens heads top_k side frames rounds samples steps index_samples layers"
+    counts = "chunks tokens heads top_k side frames rounds samples steps index_samples layers video_frames"
     for name in counts.split():
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: must be at least 1")

@@ -9,7 +9,6 @@ in backward. We leave out the clean frames of the last chunk, which nobody reads
 """
 
 import importlib
-import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -25,32 +24,9 @@ from rf_train.model.settings import ModelSettings
 from rf_train.model.transformer import CausalWan
 from rf_train.planning.costs import GIB, Clip
 from rf_train.train import clock
+from rf_train.weights import to_wan_name
 
 MODEL_FILE = "wan/modules/causal_model.py"
-
-# Our names, which are diffusers' names, and theirs, which are Wan's: patterns, tried in this order.
-NAMES = {
-    r"^scale_shift_table$": "head.modulation",
-    r"^proj_out\.": "head.head.",
-    r"^condition_embedder\.(time|text)_embedder\.linear_1\.": r"\1_embedding.0.",
-    r"^condition_embedder\.(time|text)_embedder\.linear_2\.": r"\1_embedding.2.",
-    r"^condition_embedder\.time_proj\.": "time_projection.1.",
-    r"\.attn1\.": ".self_attn.",
-    r"\.attn2\.": ".cross_attn.",
-    r"\.to_out\.0\.": ".o.",
-    r"\.to_([qkv])\.": r".\1.",
-    r"\.norm2\.": ".norm3.",
-    r"\.ffn\.net\.0\.proj\.": ".ffn.0.",
-    r"\.ffn\.net\.2\.": ".ffn.2.",
-    r"\.scale_shift_table$": ".modulation",
-}
-
-
-def their_name(name: str) -> str:
-    """The name in Wan's own code of a parameter of `CausalWan`."""
-    for pattern, other in NAMES.items():
-        name = re.sub(pattern, other, name)
-    return name
 
 
 def caption_attention(q: Tensor, k: Tensor, v: Tensor, **lengths: None) -> Tensor:
@@ -90,7 +66,7 @@ def build_their_model(module: ModuleType, ours: CausalWan) -> nn.Module:
             out_dim=settings.channels, num_heads=settings.heads, num_layers=settings.layers, eps=settings.eps,
         )  # fmt: skip
     model = model.to(weight.dtype).train()
-    model.load_state_dict({their_name(name): value for name, value in ours.state_dict().items()})
+    model.load_state_dict({to_wan_name(name): value for name, value in ours.state_dict().items()})
     model.num_frame_per_block, model.gradient_checkpointing = settings.chunk, True
     return model
 

@@ -28,7 +28,7 @@ from rf_train.evaluation.long_videos import LongVideos, summary
 from rf_train.evaluation.routing_choices import RoutingChoices, counted_choices
 from rf_train.evaluation.statistics import as_text
 from rf_train.evaluation.video_metrics import GENERAL_METRICS
-from rf_train.generate import Generator, open_run
+from rf_train.generation.generator import Generator, open_run
 from rf_train.model.chunks import Attention
 from rf_train.model.transformer import VelocityModel, pad_text
 
@@ -151,6 +151,8 @@ def evaluate_run(options: argparse.Namespace) -> str:
         return calibration_table(found)
     request = {key: value for key, value in vars(options).items() if key not in ("run", "data", "calibrate")}
     request.update(step=generator.step, data=str(folder))
+    if getattr(generator.attention, "farthest_sink", None) is not None:  # before, sinks were at absolute positions
+        request["positions"] = generator.positions
     path = out / "evaluation.json"
     if read_evaluation(Path(options.run)).get("request") == request:
         print(f"{path}: exists already")

@@ -1,176 +1,173 @@
 """Makes videos with a trained run, of any length:  python -m rf_train.generate RUN OUT.mp4 --prompt TEXT --seconds 15
 
-With --video FILE the first frames of a real video are kept and continued.
+With --image FILE or --video FILE they begin with an image, or with the first frames of a real video. With --prompts
+FILE it makes a folder of videos, alone or on many ranks. With --play it shows a video on a page while it is made.
 """
 
 import argparse
+import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_prep.card import card_geometry, read_card
-from data_prep.codecs import Codec, dataset_codec
 from data_prep.command import require_finite, run_command
-from data_prep.geometry import LatentGeometry
-from data_prep.places import Place, place_of
-from data_prep.text import dataset_text
-from data_prep.video import read_frames, write_video
-from rf_train import config
-from rf_train.config import Recipe
-from rf_train.data.latent_dataset import check_card
-from rf_train.diffusion.sampling import VideoRequest, sample_chunks
+from data_prep.files import sha256_of_file
+from rf_train.config import to_dict
 from rf_train.engine import checkpoint
-from rf_train.engine.devices import gpu_is_usable
-from rf_train.model.chunks import Attention, attention_at_any_length
-from rf_train.model.elementwise import use_compiled
-from rf_train.model.kernels import use_kernel
-from rf_train.model.transformer import CausalWan
-
-
-@dataclass
-class Generator:
-    """A trained model with its recipe, its codec, and the card of its training data."""
-
-    recipe: Recipe
-    model: CausalWan
-    step: int
-    card: dict
-    trained_frames: int  # latent frames of the longest clip trained on
-    codec: Codec
-    dataset: Place
-    device: torch.device
-
-    def embed(self, prompts: list[str]) -> list[Tensor]:
-        """The prompts' embeddings, fp32 [L, text_dim], by the text encoder that made the dataset."""
-        encoder = dataset_text(self.dataset, self.device.type)
-        return [torch.from_numpy(np.asarray(vector, dtype=np.float32)) for vector in encoder.encode(prompts)]
-
-    @property
-    def geometry(self) -> LatentGeometry:
-        return card_geometry(self.card)
-
-    @property
-    def trained_chunks(self) -> int:
-        return len(self.model.chunking.sizes(self.trained_frames))
-
-    @property
-    def attention(self) -> Attention:
-        """That of videos of any length; see `attention_at_any_length`."""
-        return attention_at_any_length(self.recipe.stages[-1].attention, self.trained_chunks)
-
-    def chunks(
-        self, texts: list[Tensor], frames: int, seeds: list[int], given: Tensor | None = None
-    ) -> Iterator[Tensor]:
-        """Yields latent chunks [B, C, f, H, W] for the embeddings of B captions; see `sample_chunks`."""
-        request = VideoRequest.like(self.card, self.recipe.model, self.device, texts, frames, seeds, given)
-        return sample_chunks(self.model, request, self.recipe.flow, self.attention)
-
-
-def open_run(run: str | Path, overrides: Sequence[str] = (), step: int = 0, weights: str = "ema") -> Generator:
-    """Opens a run: its recipe with `overrides`, the weights of a checkpoint (step 0 = the newest), the codec.
-
-    `weights`: "ema", the average, or "master", the last weights.
-    """
-    run = Path(run)
-    if not (run / "recipe.yaml").is_file():
-        raise ValueError(f"{run}: not a run, it has no recipe.yaml")
-    recipe = config.load(run / "recipe.yaml", overrides)
-    folder = checkpoint.at_step(run, step)
-    device = torch.device("cuda" if gpu_is_usable() else "cpu")
-    use_compiled(recipe.run.compile)
-    use_kernel(recipe.model.attention_kernel)
-    model = CausalWan(recipe.model)
-    state = checkpoint.read_weights(folder, weights if recipe.optimizer.ema > 0 else "master")
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    wrong = checkpoint.shape_differences({name: tensor.shape for name, tensor in state.items()}, shapes)
-    if wrong:
-        raise ValueError(f"{folder}: the checkpoint does not fit the recipe's model: {wrong}")
-    model.load_state_dict(state)
-    model = model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
-    patience = recipe.data.patience
-    dataset = place_of(recipe.folders_of(recipe.data.train or recipe.stages[0].data)[0], patience)
-    card = read_card(dataset)
-    check_card(card, recipe.model, dataset)
-    folders = [place_of(recipe.folders_of(recipe.dataset_of(stage))[0], patience) for stage in recipe.stages]
-    frames = [stage.frames or read_card(folder)["latent"]["frames"] for stage, folder in zip(recipe.stages, folders)]
-    codec = dataset_codec(dataset, device.type)
-    return Generator(recipe, model, checkpoint.step_of(folder), card, max(frames), codec, dataset, device)
-
-
-def first_frames(generator: Generator, video: str | Path, chunks: int) -> Tensor:
-    """Latent [1, C, F, H, W] of the first `chunks` chunks of a video, or as many whole ones as it has.
-
-    Raises ValueError when it has none.
-    """
-    size, fps = generator.card["video"], generator.card["video"]["fps"]
-    chunking, geometry = generator.model.chunking, generator.geometry
-    wanted = geometry.video_frames(chunking.start(chunks))
-    pixels = []
-    for frame in read_frames(video, fps, (size["height"], size["width"])):
-        pixels.append(frame)
-        if len(pixels) == wanted:
-            break
-    while chunks > 0 and geometry.video_frames(chunking.start(chunks)) > len(pixels):
-        chunks -= 1
-    if chunks == 0:
-        need = geometry.video_frames(chunking.first)
-        raise ValueError(f"{video}: {len(pixels)} frames at {fps} fps, the first chunk needs {need}")
-    kept = geometry.video_frames(chunking.start(chunks))
-    return torch.from_numpy(generator.codec.encode(np.stack(pixels[:kept])))[None]
+from rf_train.engine.devices import gpu_is_usable, gpu_of_rank
+from rf_train.generation.generator import Generator, open_run
+from rf_train.generation.given import first_frames, still_image
+from rf_train.generation.many import make_batches, open_job
+from rf_train.generation.memory import memory_needed
+from rf_train.generation.play import Player
+from rf_train.generation.prompts import Prompts, read_prompts
+from rf_train.generation.stream import ENDLESS, Stream, Videos, write
+from rf_train.model.chunks import POSITIONS
 
 
 def generate(options: argparse.Namespace) -> str:
-    """Writes the video that the command line asks for. Returns the line that says what was made."""
+    """Does what the command line asks for. Returns the line that says what was made."""
     check_options(options)
-    generator = open_run(options.run, options.overrides, options.step)
-    fps = generator.card["video"]["fps"]
-    pixel_frames = max(1, round(options.seconds * fps))
-    frames = generator.geometry.latent_frames(pixel_frames)
-    given = first_frames(generator, options.video, options.given_chunks) if options.video else None
-    if given is not None and given.shape[2] >= frames:
-        taken = f"the {given.shape[2]} latent frames taken from {options.video}"
+    if options.prompts:
+        return make_many(options)
+    prompts = Prompts.of(options.prompt)
+    generator = open_run(options.run, options.overrides, options.step, positions=options.positions)
+    given = given_chunks(generator, options)
+    seconds = ENDLESS if options.play else options.seconds
+    videos = Videos(generator, [prompts], [options.seed], seconds, options.negative, given)
+    if given is not None and given.shape[2] >= videos.latent_frames:
+        taken = f"the {given.shape[2]} latent frames taken from {options.image or options.video}"
         raise ValueError(f"--seconds {options.seconds} is not longer than {taken}")
-    chunks = generator.chunks(generator.embed([options.prompt]), frames, [options.seed], given)
-    total = len(generator.model.chunking.sizes(frames))
-    latent = torch.cat(list(tqdm(chunks, total=total, unit="chunk", desc="generate")), dim=2)[0]
-    pixels = generator.codec.decode(latent.cpu().numpy())[:pixel_frames]
+    if options.play:
+        return play(videos, options.port)
+    video = Stream(videos)
+    print(video.memory.lines(video.plan), flush=True)
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-    write_video(options.out, pixels, fps)
-    trained = generator.geometry.video_frames(generator.trained_frames) / fps
-    return f"{options.out}: {len(pixels)} frames, {len(pixels) / fps:.2f} s (trained on clips of {trained:.2f} s)"
+    chunks = tqdm(video, total=video.chunk_count, unit="chunk", desc="generate")
+    frames = write(chunks, options.out, video.fps)
+    trained = generator.geometry.video_frames(generator.trained_frames) / video.fps
+    return f"{options.out}: {frames} frames, {frames / video.fps:.2f} s (trained on clips of {trained:.2f} s)"
+
+
+def given_chunks(generator: Generator, options: argparse.Namespace) -> Tensor | None:
+    """The latents that the video begins with, or None."""
+    if options.image:
+        return still_image(generator, options.image)
+    return first_frames(generator, options.video, options.given_chunks) if options.video else None
+
+
+def make_many(options: argparse.Namespace) -> str:
+    """Makes the videos of a prompt file: this rank's share, and whatever no other rank makes."""
+    prompts = read_prompts(options.prompts)
+    rank, world_size, device = this_rank()
+    generator = open_run(options.run, options.overrides, options.step, device=device, positions=options.positions)
+    like = Videos(generator, [], [], options.seconds, options.negative)
+    memory = memory_needed(generator, like.latent_frames, int(os.environ.get("LOCAL_WORLD_SIZE") or world_size))
+    settings = {
+        "checkpoint": sha256_of_file(checkpoint.at_step(Path(options.run), options.step) / "manifest.json"),
+        "seconds": options.seconds,
+        "negative": options.negative,
+        "flow": asdict(generator.recipe.flow),
+        "attention": to_dict(generator.recipe)["stages"][-1]["attention"],
+        "positions": options.positions,
+        "device": device.type,
+    }
+    job = open_job(options.out, settings, prompts, options.samples, options.seed, memory.plan(options.batch))
+    if rank == 0:
+        print(memory.lines(job.plan), flush=True)
+    made = make_batches(job, like, rank, world_size)
+    there = len(job.videos) - len(job.missing(job.videos))
+    return f"{options.out}: rank {rank} made {made} videos; {there} of {len(job.videos)} are there"
+
+
+def this_rank() -> tuple[int, int, torch.device]:
+    """(rank, ranks, device) as DeepSpeed's launcher, torchrun or Slurm's srun say. Ranks need no network."""
+
+    def said(*names: str, default: int) -> int:
+        return next((int(os.environ[name]) for name in names if os.environ.get(name)), default)
+
+    rank, world_size = said("RANK", "SLURM_PROCID", default=0), said("WORLD_SIZE", "SLURM_NTASKS", default=1)
+    if not gpu_is_usable():
+        return rank, world_size, torch.device("cpu")
+    local, here = said("LOCAL_RANK", "SLURM_LOCALID", default=0), said("LOCAL_WORLD_SIZE", default=world_size)
+    index = gpu_of_rank(local, here, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    torch.cuda.set_device(index)
+    return rank, world_size, torch.device("cuda", index)
+
+
+def play(videos: Videos, port: int) -> str:
+    """Shows a video until it is interrupted."""
+    player = Player(videos.fps, videos.prompts[0].texts[0], port)
+    video = Stream(videos, live=player.next_prompt)
+    print(video.memory.lines(video.plan))
+    print(f"open {player.address} in a browser; Ctrl-C ends it", flush=True)
+    for frames in video:
+        player.add(frames)
+    return f"{player.shown} frames shown"
 
 
 def check_options(options: argparse.Namespace) -> None:
     """Raises ValueError for invalid options."""
-    if not options.prompt and not options.video:
-        raise ValueError("give --prompt TEXT, --video FILE or both")
+    if options.prompts and (options.prompt or options.video or options.image or options.play):
+        raise ValueError("--prompts FILE makes many videos from text; leave out --prompt, --image, --video and --play")
+    if not (options.prompts or options.prompt or options.video or options.image or options.play):
+        raise ValueError("give --prompt TEXT, --image FILE or --video FILE, or --prompts FILE for many videos")
+    if options.video and options.image:
+        raise ValueError("--image and --video: a video begins with one of them")
     require_finite(seconds=options.seconds)
     if options.seconds <= 0:
         raise ValueError(f"--seconds {options.seconds}: must be positive")
-    if options.given_chunks < 1:
-        raise ValueError(f"--given-chunks {options.given_chunks}: must be at least 1")
-    if Path(options.out).suffix != ".mp4":
-        raise ValueError(f"{options.out}: the output is an .mp4 file")
+    for name, least in (("given_chunks", 1), ("samples", 1), ("batch", 0), ("port", 0)):
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
+    if options.port > 65535:
+        raise ValueError(f"--port {options.port}: must be at most 65535")
+    if options.play:
+        if options.out:
+            raise ValueError(f"{options.out}: --play writes no file; leave it out")
+    elif not options.out:
+        raise ValueError("say where to write: RUN OUT.mp4, or RUN FOLDER with --prompts")
+    elif (Path(options.out).suffix == ".mp4") == bool(options.prompts):
+        raise ValueError(f"{options.out}: the output is an .mp4 file, or with --prompts a folder")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="rf_train.generate", description="Makes a video with a trained run.")
+    parser = argparse.ArgumentParser(prog="rf_train.generate", description="Makes videos with a trained run.")
     parser.add_argument("run", help="a folder written by rf_train.train")
-    parser.add_argument("out", help="the mp4 to write")
-    parser.add_argument("--prompt", default="", help="what the video shows")
+    parser.add_argument(
+        "--prompt", action="append", default=[],
+        help='what the video shows; several like "0: a boat" and "5: a storm" change at these seconds',
+    )  # fmt: skip
+    parser.add_argument("--negative", default="", help="what guidance leads away from (default: the empty caption)")
+    parser.add_argument("--image", help="an image that the video begins with")
     parser.add_argument("--video", help="a video whose first frames are continued")
     parser.add_argument("--given-chunks", type=int, default=2, help="chunks taken from --video (default 2)")
     parser.add_argument("--seconds", type=float, default=15.0, help="length, the given frames included (default 15)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--step", type=int, default=0, help="the checkpoint's step (default: the newest)")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings, e.g. flow.guidance=3")
+    parser.add_argument(
+        "--positions", choices=POSITIONS, default=POSITIONS[0],
+        help="of sinks: relative (default), never farther away than in training; or absolute",
+    )  # fmt: skip
+    parser.add_argument("--prompts", help="a file with one prompt per line: OUT is a folder of videos, one per prompt")
+    parser.add_argument("--samples", type=int, default=1, help="with --prompts: videos of each prompt")
+    parser.add_argument("--batch", type=int, default=0, help="with --prompts: videos at once (default: as many as fit)")
+    parser.add_argument("--play", action="store_true", help="show the video on a page, with a box for the next prompt")
+    parser.add_argument("--port", type=int, default=8000, help="with --play: the page's port (0: any)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the launcher
+    parser.add_argument(
+        "rest", nargs="*", metavar="OUT | a.b=c",
+        help="the mp4 or folder to write; settings, e.g. flow.guidance=3 flow.sampling_steps=50 flow.solver=heun",
+    )  # fmt: skip
     options = parser.parse_intermixed_args(arguments)
+    first = (
+        options.rest[:1] if options.rest and ("=" not in options.rest[0] or options.rest[0].endswith(".mp4")) else []
+    )
+    options.out, options.overrides = "".join(first), options.rest[len(first) :]
     return run_command(lambda: print(generate(options)))
 
 

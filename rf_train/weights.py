@@ -1,12 +1,18 @@
-"""Reads and writes Wan checkpoints slice by slice: no process ever holds a whole model.
+"""Reads and writes checkpoints of Wan's transformer, slice by slice.
 
 It reads a diffusers `WanTransformer3DModel` folder, or the original Wan checkpoint: one safetensors file, or several
-with an index. It writes the diffusers format:  python -m rf_train.weights RUN OUT
+with an index. It also reads a .pt file of Self-Forcing and its children: its generator, that is, the average if it is
+there. It writes the diffusers format, or a .pt file that is their `generator_ckpt`:
+
+    python -m rf_train.weights RUN OUT
+    python -m rf_train.weights RUN OUT.pt
 """
 
 import argparse
 import json
 import math
+import os
+import pickle
 import re
 import shutil
 import sys
@@ -19,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data_prep.command import run_command
-from data_prep.files import write_json
+from data_prep.files import sync, temporary_beside, write_json
 from rf_train import config
 from rf_train.engine import checkpoint
 from rf_train.engine.checkpoint import CheckpointReader
@@ -53,6 +59,31 @@ def from_wan_name(name: str) -> str:
     return name
 
 
+# The same the other way.
+_ORIGINAL = [
+    (r"^scale_shift_table$", "head.modulation"),
+    (r"^proj_out\.", "head.head."),
+    (r"^condition_embedder\.(time|text)_embedder\.linear_1\.", r"\1_embedding.0."),
+    (r"^condition_embedder\.(time|text)_embedder\.linear_2\.", r"\1_embedding.2."),
+    (r"^condition_embedder\.time_proj\.", "time_projection.1."),
+    (r"\.attn1\.", ".self_attn."),
+    (r"\.attn2\.", ".cross_attn."),
+    (r"\.to_out\.0\.", ".o."),
+    (r"\.to_([qkv])\.", r".\1."),
+    (r"\.norm2\.", ".norm3."),
+    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
+    (r"\.ffn\.net\.2\.", ".ffn.2."),
+    (r"\.scale_shift_table$", ".modulation"),
+]
+
+
+def to_wan_name(name: str) -> str:
+    """The name in the original Wan checkpoint of a tensor, whose diffusers name this is."""
+    for pattern, replacement in _ORIGINAL:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 class StoredTensor(NamedTuple):
     """Where a tensor is: its file, its name there, and its shape."""
 
@@ -61,10 +92,54 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
 
 
-class WeightFiles:
-    """The tensors of a checkpoint folder (or of one .safetensors file), by diffusers name, read on demand.
+class TensorSlice:
+    """A whole tensor with the methods that safetensors' slices have."""
 
-    Raises a one-line ValueError for anything that isn't a complete safetensors checkpoint.
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self.tensor.shape)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.tensor[rows]
+
+
+class GeneratorFile:
+    """The generator of a .pt file of Self-Forcing, with the methods that an open safetensors file has.
+
+    The file is mapped into memory, and read where it is asked for. Nothing in it is executed. Raises a one-line
+    ValueError for anything else.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"{path}: not a .pt file of tensors alone, as torch.save writes it ({reason})") from None
+        kinds = [kind for kind in ("generator_ema", "generator") if isinstance(found, dict) and kind in found]
+        tensors = found[kinds[0]] if kinds else None
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise ValueError(f"{path}: holds no tensors under `generator` or `generator_ema`")
+        # `model.` is their wrapper; the other one is left over by FSDP.
+        names = {name: name.replace("_fsdp_wrapped_module.", "").removeprefix("model.") for name in tensors}
+        self.tensors = {names[name]: tensor for name, tensor in tensors.items()}
+
+    def keys(self) -> list[str]:
+        return list(self.tensors)
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def get_slice(self, name: str) -> TensorSlice:
+        return TensorSlice(self.tensors[name])
+
+
+class WeightFiles:
+    """The tensors of a checkpoint folder (or of one .safetensors or .pt file), by diffusers name, read on demand.
+
+    Raises a one-line ValueError for anything that isn't a complete checkpoint.
     """
 
     def __init__(self, folder: str | Path):
@@ -73,7 +148,7 @@ class WeightFiles:
         self._open: dict[Path, Any] = {}
         for path in self._files():
             try:
-                file = self._open[path] = safe_open(path, "pt")
+                file = self._open[path] = GeneratorFile(path) if path.suffix == ".pt" else safe_open(path, "pt")
                 shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
@@ -183,13 +258,8 @@ def export(
     ValueError if it exists already, or if `run` has no such checkpoint.
     """
     run, out = Path(run), Path(out)
-    if out.exists():
-        raise ValueError(f"{out}: exists already; choose another folder")
-    if not (run / "recipe.yaml").is_file():
-        raise ValueError(f"{run}: not a run, it has no recipe.yaml")
+    folder, manifest = _to_export(run, out, step)
     recipe = config.load(run / "recipe.yaml")
-    folder = checkpoint.at_step(run, step)
-    manifest = checkpoint.verified(folder)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in manifest["shapes"].items()}
     files = _split_by_size(sizes, shard_bytes)
     making = out.with_name(out.name + ".making")
@@ -206,6 +276,40 @@ def export(
     write_json(making / "config.json", diffusers_config(recipe.model))
     making.rename(out)
     return out
+
+
+def export_generator(
+    run: str | Path, out: str | Path, step: int = 0, kind: str = "ema", dtype: torch.dtype = torch.float32
+) -> Path:
+    """Writes a run's checkpoint as a .pt file that Self-Forcing loads as `generator_ckpt`, for training and inference.
+
+    `kind` is "ema", the average, or "master", the last weights; the file has it as `generator` and `generator_ema`,
+    stored once. Holds the whole model in memory. `out` appears only when it is complete. Raises ValueError if it exists
+    already, or if `run` has no such checkpoint.
+    """
+    out = Path(out)
+    folder, manifest = _to_export(Path(run), out, step)
+    with CheckpointReader(folder, manifest) as reader:
+        tensors = {f"model.{to_wan_name(name)}": reader.whole(kind, name).to(dtype) for name in manifest["shapes"]}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(out)
+    try:
+        torch.save({"generator": tensors, "generator_ema": tensors}, temporary)
+        sync(temporary)
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return out
+
+
+def _to_export(run: Path, out: Path, step: int) -> tuple[Path, dict]:
+    """The checkpoint of a run, and its manifest. Raises ValueError if `out` exists, or without such a checkpoint."""
+    if out.exists():
+        raise ValueError(f"{out}: exists already; choose another name")
+    if not (run / "recipe.yaml").is_file():
+        raise ValueError(f"{run}: not a run, it has no recipe.yaml")
+    folder = checkpoint.at_step(run, step)
+    return folder, checkpoint.verified(folder)
 
 
 def _split_by_size(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
@@ -225,10 +329,10 @@ def _split_by_size(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    description = "Writes a run's weights as a diffusers WanTransformer3DModel folder."
+    description = "Writes a run's weights as a diffusers WanTransformer3DModel folder, or as Self-Forcing's .pt file."
     parser = argparse.ArgumentParser(prog="rf_train.weights", description=description)
     parser.add_argument("run")
-    parser.add_argument("out", help="the folder to write")
+    parser.add_argument("out", help="the folder to write, or a file that ends with .pt")
     parser.add_argument("--step", type=int, default=0, help="the checkpoint's step (default: the newest)")
     parser.add_argument(
         "--weights", choices=("ema", "master"), default="ema", help="the average (default) or the last weights"
@@ -237,8 +341,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def export_as_asked() -> None:
-        out = export(options.run, options.out, options.step, options.weights, getattr(torch, options.dtype))
-        print(f"{out}: {sum(path.stat().st_size for path in out.iterdir()) / 2**20:.1f} MiB")
+        write = export_generator if options.out.endswith(".pt") else export
+        out = write(options.run, options.out, options.step, options.weights, getattr(torch, options.dtype))
+        files = [out] if out.is_file() else out.iterdir()
+        print(f"{out}: {sum(path.stat().st_size for path in files) / 2**20:.1f} MiB")
 
     return run_command(export_as_asked)
 

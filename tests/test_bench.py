@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from rf_train import bench
+from rf_train import bench, config
 from rf_train.bench_gpu import relative
 from rf_train.bench_self_forcing import build_their_model, import_their_model, masked_attention
 from rf_train.model.chunks import Dense
 from rf_train.model.settings import ModelSettings
 from rf_train.model.transformer import CausalWan
+from rf_train.weights import export_generator, load_weights
 from tests.distributed import PROJECT, run_distributed
 
 
@@ -35,6 +36,7 @@ def bench_on_this_rank(arguments: list[str]) -> str:
         (["routing", "--chunks", "4", "--tokens", "32", "--heads", "2", "--top-k", "1"], "speedup_over_dense_16"),
         (["model", "--chunks", "3", "--side", "2"], "flop_rate_over_diffusers"),
         (["step", "--side", "2"], "rollout_share_7"),
+        (["generate", "--video-frames", "100"], "share_of_forward"),
         (["data", "--samples", "4", "--steps", "2", "--index-samples", "1000"], "rate_over_webdataset"),
     ],
 )
@@ -106,6 +108,29 @@ def test_self_forcings_model_with_our_weights_gives_our_velocities_and_gradients
     pairs += [(ours.patch_embedding.weight, theirs.patch_embedding.weight)]
     pairs += [(ours.blocks[1].scale_shift_table, theirs.blocks[1].modulation)]
     assert all(relative(a.grad, b.grad) < 1e-4 for a, b in pairs)
+
+
+@needs_self_forcing
+@pytest.mark.slow
+def test_self_forcings_own_code_opens_an_exported_run(two_rank_run, tmp_path, monkeypatch):
+    """As their trainer does, strictly; and it gives the velocities of the run's model."""
+    run, _ = two_rank_run
+    stored = torch.load(export_generator(run, tmp_path / "run.pt"), weights_only=True)
+    settings = config.load(run / "recipe.yaml").model
+    ours = CausalWan(settings)
+    load_weights(ours, tmp_path / "run.pt")
+    module = import_their_model(Path(os.environ["RF_SELF_FORCING"]))
+    monkeypatch.setattr(module, "flex_attention", masked_attention)
+    theirs = build_their_model(module, CausalWan(settings))
+    wrapper = nn.Module()
+    wrapper.model = theirs
+    wrapper.load_state_dict(stored["generator"], strict=True)
+    noisy, clean = (torch.randn(1, settings.channels, 9, 4, 4) for _ in range(2))
+    t, text = torch.rand(1, 9), torch.randn(1, settings.text_len, settings.text_dim)
+    with torch.no_grad():
+        one = ours(noisy=noisy, t=t, history=clean[:, :, :6], text=text, attention=Dense())
+        other = theirs(noisy, t=1000 * t.double(), context=text, seq_len=36, clean_x=clean)
+    assert one.abs().max() > 1e-3 and relative(one, other) < 1e-5
 
 
 @needs_self_forcing

@@ -152,6 +152,23 @@ def test_generation_continues_the_first_frames_of_a_video(walked):
     assert distance[:20].mean() < 8 < distance[21:].mean()  # two chunks are given: 21 frames
 
 
+def test_many_prompts_on_two_ranks_and_what_is_missing_on_one(walked):
+    """The same bytes. Nothing is made twice, and nothing remains but videos and the list of them."""
+    here, _ = walked
+    (here / "prompts.txt").write_text("\n".join(f"a {colour} circle" for colour in ("red", "green", "blue")))
+    many = ["rf_train.generate", "runs/r", "many", "--prompts", "prompts.txt", "--seconds", 2, "--batch", 2]
+    assert "6 of 6 are there" in succeed(*many, "--samples", 2, folder=here, launcher=True)
+    files = {path.name: path.read_bytes() for path in (here / "many").glob("*.mp4")}
+    assert sorted(files) == [f"{index:05d}-{sample}.mp4" for index in range(3) for sample in range(2)]
+    (here / "many/00001-1.mp4").unlink()
+    assert "rank 0 made 1 videos; 6 of 6 are there" in succeed(*many, "--samples", 2, folder=here)
+    assert {path.name: path.read_bytes() for path in (here / "many").glob("*.mp4")} == files
+    assert "rank 0 made 0 videos" in succeed_here(*many, "--samples", 2, folder=here)
+    assert {path.name for path in (here / "many").iterdir()} == {*files, "job.json", ".locks"}
+    code, _, errors = call(*many, folder=here)
+    assert code == 2 and "many: made with samples 2, now 1; choose another folder" in errors
+
+
 def test_evaluation_and_the_report(walked):
     here, _ = walked
     printed = succeed("rf_train.evaluate", "runs/r", *EVALUATION, folder=here)
@@ -265,8 +282,14 @@ BAD_INPUT = [
     ([*TRAIN, "data.train=data/train", "evaluation.every=5"], "data.evaluation: data/demo/long: no such folder"),
     (["rf_train.train", "nowhere.yaml"], "nowhere.yaml: no such recipe"),
     (["rf_train.generate", "runs/none", "o.mp4", "--prompt", "x"], "runs/none: not a run"),
-    (["rf_train.generate", "runs/r", "o.mp4"], "give --prompt TEXT, --video FILE or both"),
+    (["rf_train.generate", "runs/r", "o.mp4"], "give --prompt TEXT, --image FILE or --video FILE"),
     (["rf_train.generate", "runs/r", "o.gif", "--prompt", "x"], "an .mp4 file"),
+    (["rf_train.generate", "runs/r", "--prompt", "x"], "say where to write"),
+    (["rf_train.generate", "runs/r", "o.mp4", "--prompts", "videos/long/video-00000.txt"], "with --prompts a folder"),
+    (["rf_train.generate", "runs/r", "many2", "--prompts", "none.txt"], "none.txt"),
+    (["rf_train.generate", "runs/r", "o.mp4", "--prompt", "0: x", "--prompt", "y"], "one of several prompts"),
+    (["rf_train.generate", "runs/r", "o.mp4", "--image", "videos/long/video-00000.txt"], "not an image"),
+    (["rf_train.generate", "runs/r", "o.mp4", "--prompt", "x", "flow.solver=rk4"], "choose euler or heun"),
     (["rf_train.generate", "runs/r", "o.mp4", "--video", "none.mp4"], "none.mp4"),
     (["rf_train.generate", "runs/r", "o.mp4", "--video", "videos/long/video-00000.txt"], "video-00000.txt"),
     (

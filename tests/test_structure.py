@@ -16,7 +16,7 @@ LAYERS = (
     ("rf_train.diffusion",),
     ("rf_train.config",),
     ("rf_train.data", "rf_train.engine"),
-    ("rf_train.planning", "rf_train.metrics", "rf_train.evaluation"),
+    ("rf_train.planning", "rf_train.metrics", "rf_train.evaluation", "rf_train.generation"),
     ("rf_train.run_log", "rf_train.weights", "rf_train.failures", "rf_train.start_checks", "rf_train.saves"),
     (
         "rf_train.train",
@@ -24,6 +24,7 @@ LAYERS = (
         "rf_train.bench",
         "rf_train.bench_checkpoint",
         "rf_train.bench_data",
+        "rf_train.bench_generate",
         "rf_train.bench_gpu",
         "rf_train.bench_self_forcing",
     ),

@@ -15,7 +15,7 @@ from rf_train.engine.collectives import start_ranks
 from rf_train.engine.state import TrainingState
 from rf_train.engine.zero import build_engine
 from rf_train.model.transformer import CausalWan
-from rf_train.weights import WeightFiles, export, from_wan_name, load_weights
+from rf_train.weights import WeightFiles, export, export_generator, from_wan_name, load_weights, to_wan_name
 from tests.conftest import plain_settings, tiny_settings, tiny_wan
 from tests.distributed import run_distributed
 
@@ -41,7 +41,7 @@ def folder(request, folders):
     return folders[request.param]
 
 
-def to_wan_name(name: str) -> str:
+def expected_wan_name(name: str) -> str:
     """The original Wan name of a diffusers one, written out independently of the code under test."""
     table = {
         "condition_embedder.time_embedder.linear_1": "time_embedding.0",
@@ -76,9 +76,10 @@ def test_the_original_names_load_and_are_what_diffusers_makes_of_them(tmp_path):
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
     weights = dict(tiny_wan().state_dict())
-    original = {to_wan_name(name): tensor.clone() for name, tensor in weights.items()}
+    original = {expected_wan_name(name): tensor.clone() for name, tensor in weights.items()}
     assert {"blocks.1.self_attn.o.weight", "blocks.0.norm3.bias", "head.modulation"} <= set(original)
     assert {from_wan_name(name) for name in original} == set(weights)
+    assert {to_wan_name(name) for name in weights} == set(original)
     assert set(convert_wan_transformer_to_diffusers(dict(original))) == set(weights)
     save_file(original, tmp_path / "diffusion_pytorch_model.safetensors")
     model = CausalWan(tiny_settings())
@@ -194,3 +195,83 @@ def test_into_a_partitioned_model_and_out_again_bit_for_bit(folders, tmp_path, s
         assert {name for file in files for name in load_file(file)} == set(expected)
     with pytest.raises(ValueError, match="exists already"):
         export(run, out)
+
+
+# ---- Self-Forcing's files
+
+
+def their_file(path: Path, **kinds: dict) -> Path:
+    """A .pt file with these kinds of weights, as their trainer saves it: names of Wan, behind their wrapper's."""
+    named = {
+        kind: {f"model.{expected_wan_name(name)}": tensor for name, tensor in weights.items()}
+        for kind, weights in kinds.items()
+    }
+    torch.save(named, path)
+    return path
+
+
+def test_self_forcings_generator_loads_and_the_average_comes_first(tmp_path):
+    generator, average = dict(tiny_wan(3).state_dict()), dict(tiny_wan(4).state_dict())
+    fsdp = {name.replace("blocks.1.", "blocks.1._fsdp_wrapped_module."): tensor for name, tensor in generator.items()}
+    for kinds, expected in (
+        ({"generator": generator}, generator),
+        ({"generator": generator, "generator_ema": average}, average),
+        ({"generator": fsdp}, generator),
+    ):
+        model = CausalWan(tiny_settings())
+        load_weights(model, their_file(tmp_path / "model.pt", **kinds))
+        assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())
+    files = WeightFiles(tmp_path / "model.pt")
+    name = "blocks.0.ffn.net.0.proj.weight"
+    assert torch.equal(files.flat(name, 50, 1000), generator[name].flatten()[50:1000])
+
+
+class Harmful:
+    """What a pickle may hide: it would create a file when it is loaded."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_files_that_are_not_their_generators(tmp_path):
+    torch.save({"generator": Harmful(tmp_path / "harm")}, tmp_path / "harmful.pt")
+    (tmp_path / "cut.pt").write_bytes(
+        their_file(tmp_path / "a.pt", generator=dict(tiny_wan().state_dict())).read_bytes()[:5000]
+    )
+    torch.save({"critic": {}}, tmp_path / "critic.pt")
+    for name, says in (
+        ("harmful", "not a .pt file of tensors alone"),
+        ("cut", "not a .pt file of tensors alone"),
+        ("critic", "holds no tensors under `generator`"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}\.pt: {says}") as caught:
+            WeightFiles(tmp_path / f"{name}.pt")
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.slow
+def test_a_run_becomes_their_generator_and_comes_back_bit_for_bit(two_rank_run, tmp_path):
+    run, _ = two_rank_run
+    for kind in ("ema", "master"):
+        out = export_generator(run, tmp_path / f"{kind}.pt", kind=kind)
+        stored = torch.load(out, weights_only=True)
+        assert (
+            set(stored) == {"generator", "generator_ema"} and "model.blocks.0.self_attn.q.weight" in stored["generator"]
+        )
+        expected = checkpoint.read_weights(checkpoint.at_step(run, 0), kind)
+        model = CausalWan(config.load(run / "recipe.yaml").model)
+        load_weights(model, out)
+        assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())
+    assert not torch.equal(
+        *(
+            torch.load(tmp_path / f"{kind}.pt", weights_only=True)["generator"]["model.head.head.weight"]
+            for kind in ("ema", "master")
+        )
+    )
+    with pytest.raises(ValueError, match="exists already"):
+        export_generator(run, out)
+    assert len(list(tmp_path.iterdir())) == 2

@@ -12,6 +12,8 @@ from torch import Tensor
 from rf_train.settings import require, require_at_least, require_positive
 
 DISTRIBUTIONS = ("logit_normal", "uniform")
+# euler: one velocity per step, first order. heun: two, second order; the last step, which ends at t = 0, is Euler's.
+SOLVERS = ("euler", "heun")
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,10 @@ class FlowSettings:
     t_distribution: str = "logit_normal"  # or "uniform"
     t_shift: float = 5.0  # timestep shift of training's t
     caption_dropout: float = 0.1  # share of captions that are replaced by the empty one
-    sampling_steps: int = 32  # Euler steps per chunk
+    sampling_steps: int = 32  # steps of the solver per chunk
     sampling_shift: float = 5.0  # timestep shift of the sampler's noise levels
     guidance: float = 5.0  # weight of classifier-free guidance; 1 = none
+    solver: str = "euler"  # of sampling: see SOLVERS
 
     def validate(self) -> None:
         known = self.t_distribution in DISTRIBUTIONS
@@ -31,6 +34,7 @@ class FlowSettings:
         require_positive(self, "t_shift", "sampling_shift")
         require(0 <= self.caption_dropout <= 1, f"flow.caption_dropout={self.caption_dropout} is not in [0, 1]")
         require_at_least(1, self, "sampling_steps")
+        require(self.solver in SOLVERS, f"flow.solver={self.solver!r}: choose euler or heun")
 
 
 def over_frames(t: Tensor) -> Tensor:

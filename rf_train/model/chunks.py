@@ -1,8 +1,13 @@
 """Chunks, the autoregressive units of a clip, and which earlier chunks a chunk may read."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rf_train.settings import Kind, require_at_least
+
+# How far away sinks are in videos that are longer than the training clips. relative: never farther than in training.
+# absolute: as far as they are. Other chunks are read at relative distances that training had, either way.
+POSITIONS = ("relative", "absolute")
 
 
 @dataclass(frozen=True)
@@ -29,12 +34,15 @@ class Chunking:
 
     def sizes(self, frames: int, begin: int = 0) -> list[int]:
         """Latent frames of each chunk in `frames` frames that begin with chunk `begin`. The last may be partial."""
-        sizes: list[int] = []
+        return list(self.each_size(frames, begin))
+
+    def each_size(self, frames: int, begin: int = 0) -> Iterator[int]:
+        """The same one by one, for videos of which nobody knows the end."""
+        index = begin
         while frames > 0:
-            full = self.first if begin + len(sizes) == 0 else self.chunk
-            sizes.append(min(full, frames))
-            frames -= sizes[-1]
-        return sizes
+            size = min(self.chunk if index else self.first, frames)
+            yield size
+            index, frames = index + 1, frames - size
 
     def chunks(self, frames: int, begin: int = 0) -> tuple[Chunk, ...]:
         """The chunks of `frames` latent frames that begin with chunk `begin`."""
@@ -117,18 +125,33 @@ class RoutedWithin(Routed):
     """Routing in generation: among the last `reach` earlier chunks only, and the first `sink` ones."""
 
     reach: int = 1
+    farthest_sink: int | None = None  # as in `WindowWithin`; None: sinks stay at their own positions
 
 
-def attention_at_any_length(trained: Attention, chunks: int) -> Attention:
+@dataclass(frozen=True)
+class WindowWithin(Window):
+    """A window in generation: to a chunk from `farthest_sink` + 1 on, the sinks look as to chunk `farthest_sink`.
+
+    So the rotary positions of sinks move along with the video. Distances stay those of training when `farthest_sink`
+    is the last chunk of the clips trained on.
+    """
+
+    farthest_sink: int = 1
+
+
+def attention_at_any_length(trained: Attention, chunks: int, positions: str = "relative") -> Attention:
     """The attention of generation after training with `trained` on clips of `chunks` chunks.
 
     After routing it is routing itself, if the clips had so many chunks that it made a choice, among as many chunks as
     the history seen in training. Else it is a window as wide as that history, or training's own window if that is
-    narrower. So relative positions stay inside what was trained, however long the video gets: farther ones spoil it.
+    narrower. So a window's relative positions stay inside what was trained, however long the video gets: farther ones
+    spoil it. `positions`: what happens to the sinks', one of `POSITIONS`.
     """
     seen = chunks - 1
+    sink = trained.sink if isinstance(trained, (Window, Routed)) else 0
+    farthest = seen if sink and positions == "relative" else None
     if isinstance(trained, Routed) and trained.read_chunks < seen:
-        return RoutedWithin(trained.top_k, trained.window, trained.sink, reach=seen)
+        return RoutedWithin(trained.top_k, trained.window, trained.sink, reach=seen, farthest_sink=farthest)
     if isinstance(trained, Window) and trained.window + trained.sink <= seen:
-        return trained
-    return Window(window=seen) if seen else Dense()
+        return trained if farthest is None else WindowWithin(trained.window, trained.sink, farthest_sink=farthest)
+    return Window(window=max(1, seen))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rf_train.model.chunks import Chunk
+from rf_train.model.rope import rotary_table, rotate
 
 
 def consecutive_slices(lengths: Sequence[int], begin: int = 0) -> list[slice]:
@@ -33,6 +34,8 @@ class LayerKVCache:
     chunks are dropped, except the first `sink` ones. The caller makes the buffer so large that no later chunk may read
     the dropped ones. After the history there is room for `scratch` tokens of a noisy chunk. So the keys of history and
     noisy chunk are contiguous without a copy.
+
+    Keys are at their rotary positions in the video, except those of sinks after `move_sinks`.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class LayerKVCache:
         self.capacity, self.sink = capacity, sink
         self.chunks: list[int] = []
         self.lengths: list[int] = []
+        self._sink_k: Tensor | None = None  # the sinks' keys at their own positions, once they are moved
         self._means: Tensor | None = None  # of the first cached chunks, as many as were asked for
         self.text: tuple[Tensor, Tensor] | None = None  # cross-attention's keys and values, computed once per caption
 
@@ -97,6 +101,19 @@ class LayerKVCache:
         self.buffer_v[:, :, self.tokens : end] = v
         return self.buffer_k[:, :, :end], self.buffer_v[:, :, :end]
 
+    def move_sinks(self, rotation: Tensor) -> None:
+        """Rotates the sinks' keys on from their own positions: fp32 [1, D / 2, 2], see `rotary_table`.
+
+        Attention sees differences of positions only. So this is the same as to move all other chunks, and the queries,
+        the other way. It rotates the keys as they were written: rounding errors don't add up. The sinks' mean keys stay
+        as they were, because every query reads the sinks, and none scores them.
+        """
+        tokens = sum(length for index, length in zip(self.chunks, self.lengths) if index < self.sink)
+        if self._sink_k is None:
+            self._sink_k = self.buffer_k[:, :, :tokens].clone()
+        assert self._sink_k.shape[2] == tokens, "sinks are moved when all of them are there"
+        self.buffer_k[:, :, :tokens] = rotate(self._sink_k, rotation)
+
     def _make_room(self, tokens: int) -> None:
         """Drops the oldest chunks until `tokens` more fit."""
         while self.tokens + tokens > self.capacity:
@@ -134,6 +151,22 @@ class KVCache:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{needed}, which {device} can't give: {reason}") from None
         self.chunks_written = 0
+        self.sinks_moved = 0  # latent frames
+
+    def move_sinks(self, frames: int) -> None:
+        """Moves the rotary positions of all sinks by this many latent frames from their own."""
+        if frames == self.sinks_moved:
+            return
+        buffer = self.layers[0].buffer_k
+        rotation = rotary_table(frames, 1, 1, 1, buffer.shape[3], buffer.device)
+        for layer in self.layers:
+            layer.move_sinks(rotation)
+        self.sinks_moved = frames
+
+    def forget_text(self) -> None:
+        """Drops cross-attention's keys and values: the next pass makes them, from the caption that it is given."""
+        for layer in self.layers:
+            layer.text = None
 
 
 def kv_cache_bytes(layers: int, batch: int, heads: int, tokens: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -18,7 +18,7 @@ def axis_widths(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def rotary_table(first: int, frames: int, height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
     """The rotations of the tokens of latent frames first .. first + frames - 1, as (cosine, sine).
 

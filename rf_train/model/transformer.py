@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rf_train.model.attention import PassLayout, two_stream_attention
-from rf_train.model.chunks import Attention, Chunk, Chunking, RoutedWithin, Window
+from rf_train.model.chunks import Attention, Chunk, Chunking, RoutedWithin, Window, WindowWithin
 from rf_train.model.elementwise import (
     gated_sum,
     gated_sum_and_norm,
@@ -306,6 +306,8 @@ class CausalWan(nn.Module):
         gives a cache, the newest history chunk, which is appended to the cache, and the next noisy chunk.
         """
         first_history = kv_cache.chunks_written if kv_cache is not None else 0
+        if kv_cache is not None and isinstance(attention, (WindowWithin, RoutedWithin)):
+            self._move_sinks(kv_cache, attention, history)
         parts, levels, rotary, streams = [], [], [], []
         for latent, begin, level in ((history, first_history, None), (noisy, noisy_chunk, t)):
             streams.append(() if latent is None else self.chunking.chunks(latent.shape[2], begin))
@@ -356,20 +358,36 @@ class CausalWan(nn.Module):
             out = self.sequence_parallel.all_gather_tokens(out, 2)
         return rearrange(out, "b f (h w) (p q c) -> b c f (h p) (w q)", h=height, w=width, p=p, q=p)
 
-    def new_kv_cache(self, batch: int, tokens_per_frame: int, frames: int, attention: Attention) -> KVCache:
-        """A cache for `frames` latent frames of history.
+    def _move_sinks(self, kv_cache: KVCache, attention: WindowWithin | RoutedWithin, history: Tensor | None) -> None:
+        """Moves the sinks for a pass whose noisy chunk follows its history: see `WindowWithin`."""
+        farthest, added = attention.farthest_sink, 0 if history is None else history.shape[2]
+        if farthest is None or not attention.sink:
+            return
+        start = self.chunking.start
+        chunk = kv_cache.chunks_written + len(self.chunking.sizes(added, kv_cache.chunks_written))
+        assert farthest >= attention.sink
+        if chunk > farthest:
+            kv_cache.move_sinks(start(chunk) - start(farthest))
 
-        With a window, or routing in generation, it keeps only what later chunks can still read.
-        """
-        settings, largest, sink = self.settings, self.chunking.largest, 0
+    def cached_frames(self, frames: int, attention: Attention) -> int:
+        """Latent frames that a cache keeps of `frames` latent frames of history: only what later chunks can read."""
+        largest = self.chunking.largest
         if isinstance(attention, Window):
-            sink = attention.sink
-            frames = min(frames, (attention.window + 1 + sink) * largest)
-        elif isinstance(attention, RoutedWithin):
-            sink = attention.sink
-            frames = min(frames, (attention.reach + sink) * largest)
+            return min(frames, (attention.window + 1 + attention.sink) * largest)
+        if isinstance(attention, RoutedWithin):
+            return min(frames, (attention.reach + attention.sink) * largest)
+        return frames
+
+    def cache_tokens(self, tokens_per_frame: int, frames: int, attention: Attention) -> int:
+        """Tokens of the buffers of a `new_kv_cache`: history, and a noisy chunk behind it."""
+        return (self.cached_frames(frames, attention) + self.chunking.largest) * tokens_per_frame
+
+    def new_kv_cache(self, batch: int, tokens_per_frame: int, frames: int, attention: Attention) -> KVCache:
+        """A cache for `frames` latent frames of history; see `cached_frames`."""
+        settings, sink = self.settings, attention.sink if isinstance(attention, (Window, RoutedWithin)) else 0
         heads = settings.heads // (self.sequence_parallel.size if self.sequence_parallel is not None else 1)
-        tokens, scratch = frames * tokens_per_frame, largest * tokens_per_frame
+        scratch = self.chunking.largest * tokens_per_frame
+        tokens = self.cache_tokens(tokens_per_frame, frames, attention) - scratch
         weight = self.proj_out.weight
         return KVCache(
             settings.layers, batch, heads, tokens, scratch, settings.head_dim, weight.dtype, weight.device, sink

@@ -180,6 +180,29 @@ def test_wan_in_pieces_is_diffusers_whole(wan_folder):
     assert np.array_equal(codec.decode(latent[:, :2]), decoded[:5])
 
 
+@pytest.mark.parametrize("name", ["default", "wan"])
+@pytest.mark.parametrize("pieces", [(1, 1, 1, 1, 1), (1, 3, 1), (3, 2)], ids=str)
+def test_a_video_decoded_piece_by_piece_is_the_video_decoded_whole(monkeypatch, wan_folder, name, pieces):
+    """Bit for bit, also when another video is decoded in between. The pieces' frames follow the geometry."""
+    codec = open_codec(f"wan:{wan_folder}") if name == "wan" else quick(monkeypatch)
+    latent = np.random.default_rng(0).standard_normal((16, 5, 4, 6)).astype(np.float32)
+    decode, other, begin, parts = codec.decoder(), codec.decoder(), 0, []
+    for size in pieces:
+        parts.append(decode(latent[:, begin : begin + size]))
+        other(-latent[:, begin : begin + size])
+        begin += size
+        assert sum(map(len, parts)) == codec.geometry.video_frames(begin)
+    assert np.array_equal(np.concatenate(parts), codec.decode(latent))
+    with pytest.raises(ValueError, match="latent must be"):
+        decode(latent[0])
+
+
+@pytest.mark.parametrize("name", ["default", "wan"])
+def test_what_a_decoder_takes_grows_with_the_picture(monkeypatch, wan_folder, name):
+    codec = open_codec(f"wan:{wan_folder}") if name == "wan" else quick(monkeypatch)
+    assert codec.decoder_bytes(8, 12) == 16 * codec.decoder_bytes(2, 3) > 16 * 2 * 3 * 2**8
+
+
 def test_wan_is_known_by_its_weights(wan_folder, tmp_path):
     codec = open_codec(f"wan:{wan_folder}")
     assert open_codec(f"wan:{wan_folder / 'vae'}").hash == codec.hash

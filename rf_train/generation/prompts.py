@@ -1,0 +1,67 @@
+"""What a video shows, and when: prompts on the command line, and prompt files."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+_TIMED = re.compile(r"(\d+(?:\.\d+)?):(?:\s+(.*))?", re.DOTALL)  # "5: a boat"; a colon without a space is no time
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of one video, each from a time on: `times` in seconds, ascending, the first 0."""
+
+    times: tuple[float, ...]
+    texts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, written: str | list[str]) -> "Prompts":
+        """From one prompt without a time, or from several like "0: a boat" and "5: a storm".
+
+        Raises a one-line ValueError for several prompts without times, and for times that don't ascend from 0.
+        """
+        written = [written] if isinstance(written, str) else written or [""]
+        found = [_TIMED.fullmatch(one.strip()) for one in written]
+        if len(written) == 1 and found[0] is None:
+            return cls((0.0,), (written[0],))
+        for one, match in zip(written, found):
+            if match is None:
+                raise ValueError(f'--prompt "{one}": one of several prompts, so give its time: "SECONDS: {one}"')
+        times = tuple(float(match[1]) for match in found if match)
+        if times[0] != 0 or any(a >= b for a, b in pairwise(times)):
+            raise ValueError(f"--prompt: the times {', '.join(f'{t:g}' for t in times)} must begin with 0 and ascend")
+        return cls(times, tuple(match[2] or "" for match in found if match))
+
+    def at(self, seconds: float) -> int:
+        """The number of the prompt at this time."""
+        return max(n for n, time in enumerate(self.times) if time <= max(0.0, seconds))
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a text file, one per line. Empty lines and those that begin with # are left out.
+
+    Raises a one-line ValueError for a file that is not UTF-8, has no prompts, or has one twice.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text") from None
+    found: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        prompt = line.strip()
+        if not prompt or prompt.startswith("#"):
+            continue
+        if prompt in found:
+            again = f"line {number} repeats line {found[prompt]}; for several videos of a prompt give --samples N"
+            raise ValueError(f"{path}: {again}")
+        found[prompt] = number
+    if not found:
+        raise ValueError(f"{path}: no prompts, expected one per line")
+    return list(found)
+
+
+def seed_of(seed: int, prompt: str, sample: int) -> int:
+    """The seed of video `sample` of a prompt: it depends on these three only, not on the file that the prompt is in."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{prompt}\0{sample}".encode()).digest()[:4], "little")
