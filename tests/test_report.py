@@ -309,7 +309,8 @@ def spoil(value, path: tuple, new) -> None:
     [
         ("clips",), ("fps",), ("given_seconds",), ("trained_seconds",), ("segments_seconds", 0, 0),
         ("metrics", "psnr", 0), ("metrics", "psnr", 0, "mean"), ("slopes", "psnr", "low"), ("frechet", 0),
-        ("history", "solver_steps"), ("history", "truth", 0), ("routing", "first_chunk"), ("routing", "mean_distance", 0), ("rows",), ("rows", 0),
+        ("history", "solver_steps"), ("history", "truth", 0), ("routing", "first_chunk"),
+        ("routing", "mean_distance", 0), ("rows",), ("rows", 0),
     ],
     ids=str,
 )  # fmt: skip

@@ -70,11 +70,12 @@ def test_a_requeued_and_a_preempted_job_go_on_to_the_end_as_if_nothing_had_happe
 
 @pytest.mark.slow
 def test_a_job_requeues_itself_before_its_time_limit(jobs, project, samples):
-    steps = 400
+    """Slurm looks at the limits every half minute, and sends a signal as much earlier."""
+    steps = 200
     write_recipe(project / "recipe.yaml", samples, steps)
-    limit = ("--time=1", "--signal=USR1@10")
+    limit = ("--time=1", "--signal=USR1@1")
     job = jobs.submit(project, *TWO_NODES, *limit, "slurm/train.sbatch", "recipe.yaml", MIN_SECONDS="0")
-    jobs.wait_for_state(job, "COMPLETED", "TIMEOUT", "FAILED", seconds=300)
+    jobs.wait_for_state(job, "COMPLETED", "TIMEOUT", "FAILED", seconds=400)
     log = log_of(project, job)
     assert jobs.job(job)["JobState"] == "COMPLETED", log
     assert int(jobs.job(job)["Restarts"]) == log.count("the run has stopped and saved after") >= 1
