@@ -2,6 +2,7 @@
 
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -35,6 +36,7 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 MpiDefault=none
 ReturnToService=2
+FirstJobId={first_job}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=sched_interval=2,bf_interval=2
@@ -113,7 +115,15 @@ def running_cluster() -> Iterator[Cluster]:
     folder.chmod(0o755)
     ports = [free_port() for _ in range(3)]
     host = socket.gethostname().split(".")[0]
-    values = {"host": host, "folder": folder, "ports": ports, "user": user_name(), "kill_wait": Cluster.kill_wait}
+    first_job = random.randrange(1, 9000)  # jobs choose their port by it: two clusters at once have others
+    values = {
+        "first_job": first_job,
+        "host": host,
+        "folder": folder,
+        "ports": ports,
+        "user": user_name(),
+        "kill_wait": Cluster.kill_wait,
+    }
     (folder / "slurm.conf").write_text(CONF.format(**values))
     for name in ("gpu0", "gpu1"):
         (folder / name).symlink_to("/dev/null")  # Slurm asks only that it is a device

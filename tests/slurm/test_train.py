@@ -1,5 +1,8 @@
 """Training on a real Slurm of two nodes: whatever ends a job, it goes on by itself to the run's end."""
 
+import contextlib
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -71,7 +74,7 @@ def test_a_requeued_and_a_preempted_job_go_on_to_the_end_as_if_nothing_had_happe
 @pytest.mark.slow
 def test_a_job_requeues_itself_before_its_time_limit(jobs, project, samples):
     """Slurm looks at the limits every half minute, and sends a signal as much earlier."""
-    steps = 200
+    steps = 600
     write_recipe(project / "recipe.yaml", samples, steps)
     limit = ("--time=1", "--signal=USR1@1")
     job = jobs.submit(project, *TWO_NODES, *limit, "slurm/train.sbatch", "recipe.yaml", MIN_SECONDS="0")
@@ -123,13 +126,45 @@ def test_a_bad_recipe_fails_once(jobs, project):
     assert "error: none.yaml: no such recipe file" in log_of(project, job)
 
 
-def test_gpus_that_a_task_can_not_use_are_an_error(jobs, project):
+def process_of_rank(job: int, rank: int) -> int:
+    """The process of a rank, which is the one that Slurm started: Python has replaced the task's shell."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            variables = (folder / "environ").read_bytes().split(b"\0")
+            wanted = {f"SLURM_JOB_ID={job}".encode(), f"RANK={rank}".encode()}
+            if wanted <= set(variables) and b"slurmstepd" in Path(f"/proc/{parent_of(folder)}/cmdline").read_bytes():
+                return int(folder.name)
+    raise AssertionError(f"job {job} has no rank {rank}")
+
+
+def parent_of(folder: Path) -> str:
+    return (folder / "stat").read_text().rsplit(")", 1)[1].split()[1]
+
+
+def test_a_rank_that_is_killed_ends_the_job_within_seconds(jobs, project, samples):
+    write_recipe(project / "recipe.yaml", samples, 4000)
+    job = jobs.submit(project, *TWO_NODES, "slurm/train.sbatch", "recipe.yaml", MIN_SECONDS="0")
+    wait_for_rows(jobs, project, job, 0, 5)
+    os.kill(process_of_rank(job, 1), signal.SIGKILL)
+    jobs.wait_for_state(job, "FAILED", seconds=20)
+    assert jobs.job(job)["Restarts"] == "0" and jobs.job(job)["ExitCode"] == "137:0"
+
+
+@pytest.mark.parametrize("script", ["train.sbatch", "evaluate.sbatch"])
+@pytest.mark.parametrize("options", [["--gpus-per-node=1"], []], ids=["asked for", "not asked for"])
+def test_gpus_that_a_task_can_not_use_are_an_error(jobs, project, script, options):
     """Slurm gives the job GPUs here, which are not there."""
-    for options in (["--gpus-per-node=1"], []):
-        job = jobs.submit(project, *TWO_NODES, *options, "slurm/train.sbatch", "demo", DS_ACCELERATOR="")
-        jobs.wait_for_state(job, "FAILED")
-        assert jobs.job(job)["ExitCode"] == "2:0"
-        assert log_of(project, job).count("no GPU that this task can use") == 2
+    job = jobs.submit(project, "--cpus-per-task=4", *options, f"slurm/{script}", "demo", DS_ACCELERATOR="")
+    jobs.wait_for_state(job, "FAILED")
+    assert jobs.job(job)["ExitCode"] == "2:0" and log_of(project, job).count("no GPU that this task can use") == 1
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_what_is_no_run_fails_once(jobs, project):
+    job = jobs.submit(project, "--cpus-per-task=4", "slurm/evaluate.sbatch", "none", "--clips", "2")
+    jobs.wait_for_state(job, "FAILED")
+    assert jobs.job(job)["ExitCode"] == "2:0" and jobs.job(job)["Restarts"] == "0"
+    assert log_of(project, job).startswith("error: none")
 
 
 @pytest.mark.parametrize(
