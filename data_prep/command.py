@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 
 UNFORESEEN, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
+GO_ON = 75  # exit code of what was stopped in time: the same command goes on
 
 
 def run_command(action: Callable[[], object]) -> int:

@@ -140,6 +140,9 @@ class RunSettings:
     deterministic: bool = False  # on a GPU: kernels that give the same bits every time, where PyTorch has them; slower
     save_every: int = 500  # steps; a checkpoint is also made at the end of each stage
     keep: int = 2  # how many of the newest checkpoints are kept, besides those at the ends of stages
+    max_failed_saves: int = 3  # saves in a row that may fail, as with a full disk, before the run stops
+    on_damage: str = "go_back"  # go_back | stop: a damaged newest checkpoint is set aside, and the one before it taken
+    hang_timeout: float = 900.0  # seconds without progress in a step after which the run ends
     wandb: str = "offline"  # offline | online | disabled
     wandb_project: str = "rf_train"
 
@@ -151,7 +154,8 @@ class RunSettings:
         require(
             self.precision in ("auto", "bf16", "fp32"), f"run.precision={self.precision!r}: choose auto, bf16 or fp32"
         )
-        require_at_least(1, self, "sequence_parallel_size", "save_every", "keep")
+        require(self.on_damage in ("go_back", "stop"), f"run.on_damage={self.on_damage!r}: choose go_back or stop")
+        require_at_least(1, self, "sequence_parallel_size", "save_every", "keep", "max_failed_saves", "hang_timeout")
         require(bool(self.out), "run.out is empty; it is the folder that the run writes")
 
 

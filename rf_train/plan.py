@@ -25,9 +25,9 @@ from rf_train import config
 from rf_train.config import Recipe, Stage
 from rf_train.diffusion.batch import Batch
 from rf_train.diffusion.randomness import LOSS_DRAWS, make_draws
-from rf_train.engine.checkpoint import TrainingState
 from rf_train.engine.collectives import start_ranks
 from rf_train.engine.devices import gpu_is_usable
+from rf_train.engine.state import TrainingState
 from rf_train.engine.zero import Engine, build_engine
 from rf_train.model.chunks import Routed
 from rf_train.planning.costs import (

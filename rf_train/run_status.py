@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from data_prep.command import printable
 from rf_train import config
 from rf_train.config import Recipe
 from rf_train.engine import checkpoint
+from rf_train.engine.run_folder import SILENCE, is_dead
 
 RECENT = 50  # rows that the speed and the loss are means of
-BEAT = 60.0  # seconds after which a job that has not renewed its lock is taken for dead; it does so every 10
 LINE = 1 << 20  # bytes; a longer line is damage
 RUN_FILES = ("recipe.yaml", "metrics.jsonl", "events.jsonl")  # a run's folder has at least one
 
@@ -107,18 +106,6 @@ def text(value: Any) -> str:
     return line if len(line) <= 200 else f"{line[:200]}..."
 
 
-def seconds_since(value: Any) -> float | None:
-    """Seconds since an ISO-8601 time, or since a number of seconds since 1970."""
-    then = number(value)
-    if isinstance(value, str):
-        try:
-            parsed = datetime.fromisoformat(value.replace("Z", "+00:00"))
-            then = (parsed if parsed.tzinfo else parsed.replace(tzinfo=timezone.utc)).timestamp()
-        except (ValueError, OverflowError):
-            return None
-    return None if then is None else max(0.0, time.time() - then)
-
-
 def json_lines(path: Path, status: Status) -> Iterator[dict]:
     """The objects in a file of JSON lines. Lines that are none are a problem; so is not the last one, if it was cut."""
     bad = 0
@@ -140,12 +127,6 @@ def parsed(data: bytes) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError):
         return None
-
-
-def small_json(path: Path) -> Any:
-    """The value in a JSON file of at most 64 MiB; None if it is none. Raises OSError."""
-    with open(path, "rb") as file:
-        return parsed(file.read(1 << 26))
 
 
 def read_recipe(folder: Path, status: Status) -> Recipe | None:
@@ -184,19 +165,19 @@ def mean_of(rows: list[dict], key: str, mean: Any = statistics.fmean) -> float |
 
 
 def read_writer(folder: Path, status: Status) -> Writer | None:
-    """The job that the run's lock names."""
+    """The job that the run's lock names. It writes the lock anew with each beat."""
     path = folder / "lock.json"
     if not path.is_file():
         return None
-    lock = small_json(path)
+    with open(path, "rb") as file:
+        lock = parsed(file.read(LINE))
     if not isinstance(lock, dict):
         status.problems.append("lock.json: not a lock")
         lock = {}
-    silent = seconds_since(lock.get("beat"))
-    if silent is None:
-        silent = max(0.0, time.time() - path.stat().st_mtime)
+    silent = max(0.0, time.time() - path.stat().st_mtime)
     job = None if lock.get("job") is None else text(lock["job"])
-    return Writer(silent < BEAT, silent, text(lock.get("host")), whole(lock.get("pid")) or None, job)
+    alive = silent < SILENCE and not is_dead(lock)
+    return Writer(alive, silent, text(lock.get("host")), whole(lock.get("pid")) or None, job)
 
 
 def read_events(folder: Path, status: Status) -> None:
@@ -227,40 +208,25 @@ def read_events(folder: Path, status: Status) -> None:
 
 
 def newest_checkpoint(folder: Path, verify: bool, status: Status) -> Checkpoint | None:
-    """The newest checkpoint, checked by the size of its files and, to `verify` it, by their hash."""
+    """The checkpoint to go on from, checked by the size of its files and, to `verify` it, by their hash."""
     try:
-        saved = checkpoint.steps_saved(folder)
+        newest = checkpoint.latest(folder)
     except (ValueError, OSError) as error:
         status.problems.append(text(str(error)))
         return None
-    if not saved:
+    if newest is None:
         return None
-    newest, age, damage = checkpoint.folder_of_step(folder, saved[-1]), 0.0, None
+    age, damage = 0.0, None
     try:
         age = max(0.0, time.time() - newest.stat().st_mtime)
-        check_sizes(newest)
+        for entry in checkpoint.read_manifest(newest)["files"]:
+            if (newest / entry["file"]).stat().st_size != entry["bytes"]:
+                raise ValueError(f"{newest / entry['file']}: has another size than was saved")
         if verify:
             checkpoint.verified(newest)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
         damage = text(str(error))
-    return Checkpoint(saved[-1], age, "sha256" if verify else "size", damage)
-
-
-def check_sizes(folder: Path) -> None:
-    """Raises ValueError when a file of a checkpoint is missing or has another size than its manifest says."""
-    path = folder / "manifest.json"
-    manifest = small_json(path)
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, list) or not files:
-        raise ValueError(f"{path}: not a manifest")
-    for entry in files:
-        name = entry.get("file") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"{path}: names a file outside its folder")
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: missing from the checkpoint")
-        if (folder / name).stat().st_size != entry.get("bytes"):
-            raise ValueError(f"{folder / name}: has another size than was saved")
+    return Checkpoint(checkpoint.step_of(newest), age, "sha256" if verify else "size", damage)
 
 
 def state_of(status: Status) -> str:

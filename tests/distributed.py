@@ -50,6 +50,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     return {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",  # threads that spin take the cores from the ones that work
     }  # fmt: skip
 
 

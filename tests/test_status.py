@@ -11,6 +11,7 @@ import pytest
 
 from rf_train import config, status, train
 from rf_train.engine import checkpoint
+from rf_train.engine.processes import machine, started
 from rf_train.run_status import RECENT, status_of
 from tests.conftest import write_dataset
 from tests.distributed import run_distributed
@@ -52,9 +53,11 @@ def write_events(run: Path, *events: dict) -> None:
     (run / "events.jsonl").write_text("".join(lines))
 
 
-def write_lock(run: Path, beat: float | str, **more) -> None:
-    lock = {"host": "node-7", "pid": 4321, "job": "88.2", "time": at(999), "beat": beat, **more}
+def write_lock(run: Path, silent: float, **more) -> None:
+    """A lock that was renewed `silent` seconds ago."""
+    lock = {"host": "node-7", "pid": 4321, "job": "88.2", "time": at(999), "beat": 7, **more}
     (run / "lock.json").write_text(json.dumps(lock))
+    os.utime(run / "lock.json", (time.time() - silent,) * 2)
 
 
 def cut_steps(run: Path, steps: int) -> None:
@@ -106,25 +109,32 @@ def test_speed_loss_and_time_left_are_those_of_the_recent_steps(run):
 
 
 def test_a_job_that_renews_its_lock_is_training(run):
-    write_events(run, {"event": "start"}, {"event": "end", "step": 3, "why": "stopped: SIGTERM"}, {"event": "start"})
-    for beat in (at(5), time.time() - 5):
-        write_lock(run, beat)
-        found = status_of(run)
-        assert found.state == "training" and found.writer.alive and 4 < found.writer.silent < 30
-        assert (found.writer.host, found.writer.pid, found.writer.job) == ("node-7", 4321, "88.2")
-        assert found.starts == 2 and [end["why"] for end in found.ends] == ["stopped: SIGTERM"]
+    write_events(run, {"event": "start"}, {"event": "end", "step": 3, "why": "stopped by SIGTERM"}, {"event": "start"})
+    write_lock(run, 5)
+    found = status_of(run)
+    assert found.state == "training" and found.writer.alive and 4 < found.writer.silent < 30
+    assert (found.writer.host, found.writer.pid, found.writer.job) == ("node-7", 4321, "88.2")
+    assert found.starts == 2 and [end["why"] for end in found.ends] == ["stopped by SIGTERM"]
+
+
+def test_a_job_of_this_machine_whose_process_is_gone_is_dead_at_once(run):
+    process = {**machine(), "pid": os.getpid(), "started": started(os.getpid())}
+    write_lock(run, 1, **process)
+    assert status_of(run).writer.alive
+    write_lock(run, 1, **process | {"started": process["started"] + 1})  # another process had the number
+    assert not status_of(run).writer.alive
 
 
 def test_a_job_that_has_gone_silent_was_killed(run):
     cut_steps(run, 7)
     write_events(run, {"event": "start"}, {"event": "start", "step": 4})
-    write_lock(run, at(3600))
+    write_lock(run, 3600)
     found = status_of(run)
     assert found.state == "killed" and not found.writer.alive
     assert [(end["why"], end["step"]) for end in found.ends] == [("killed", 0), ("killed", 7)]
 
 
-@pytest.mark.parametrize("why", ["stopped: SIGTERM", "error: no luck"])
+@pytest.mark.parametrize("why", ["stopped by SIGTERM", "error: no luck"])
 def test_a_run_says_why_it_ended(run, capsys, why):
     cut_steps(run, 7)
     started = {"event": "start"}
@@ -205,7 +215,7 @@ def test_hostile_words_are_printed_as_one_line_each(run, capsys):
     cut_steps(run, 7)
     row = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     (run / "metrics.jsonl").write_text(json.dumps({**row, "stage": HOSTILE, "step": 10**14}) + "\n")
-    write_lock(run, at(5), host=HOSTILE, job=HOSTILE)
+    write_lock(run, 5, host=HOSTILE, job=HOSTILE)
     write_events(run, {"event": "end", "why": HOSTILE}, {"event": "save failed", "why": HOSTILE})
     plain = len(said(capsys, run)[1].splitlines())
     code, out, _ = said(capsys, run, run)

@@ -16,16 +16,19 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from rf_train import config, train
+from data_prep.command import one_line
+from rf_train import config, start_checks, train
 from rf_train.config import Stage
 from rf_train.data import batches
 from rf_train.data.damage import SPARED, TooMuchDamage
 from rf_train.diffusion.batch import Batch
 from rf_train.engine import checkpoint, deepspeed_json
-from rf_train.engine.collectives import PeerLost, Ranks, naming_lost_peers
+from rf_train.engine.collectives import PeerLost, naming_lost_peers, start_ranks
+from rf_train.engine.run_folder import one_writer
 from rf_train.planning.costs import Clip
 from rf_train.planning.memory import ROOM, fits, memory
 from rf_train.run_log import read_rows
+from rf_train.saves import TooManySkippedSteps
 from tests.conftest import write_dataset
 from tests.distributed import PROJECT, free_port, rank_environment, run_distributed
 from tests.engine.runs import assert_close, recipe_dict
@@ -57,7 +60,7 @@ def train_with_nan_on_this_rank(recipe: dict, rank_with_nan: int, steps: list[in
     train.train_step = lambda engine, step, *rest: (current.append(step), train_step(engine, step, *rest))[1]
     try:
         train.train(config.from_dict(recipe))
-    except train.TooManySkippedSteps as error:
+    except TooManySkippedSteps as error:
         return str(error)
     return None
 
@@ -169,18 +172,23 @@ def test_steps_of_two_picture_sizes_are_the_same_on_two_ranks_and_on_one(plain_r
 # ---- folders that can't be written
 
 
-@pytest.mark.parametrize("out", ["/proc/none/run", "file", "file/run"])
-def test_a_folder_that_cannot_be_made_is_one_line(plain_run, tmp_path, monkeypatch, capsys, out):
-    """Before anything is built."""
+def errors_of_entering(folders: list[str]) -> list[str]:
+    """What is said when these folders are to be written."""
+    start_ranks()
+    said = []
+    for folder in folders:
+        with pytest.raises(OSError) as caught, one_writer(Path(folder), int(os.environ["RANK"]), lambda: None):
+            pass
+        said.append(one_line(caught.value))
+    return said
+
+
+def test_a_folder_that_cannot_be_made_is_one_line_on_every_rank(tmp_path):
     (tmp_path / "file").write_text("mine")
-    recipe = recipe_dict(plain_run.data, tmp_path / out)
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    monkeypatch.setattr(train, "start_ranks", lambda *_: Ranks(0, 1, torch.device("cpu")))
-    monkeypatch.setattr(train, "check_same_settings", lambda **_: None)
-    monkeypatch.setattr(train, "build_engine", lambda *_: pytest.fail("built"))
-    assert train.main([str(tmp_path / "recipe.yaml")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: [Errno") and error.count("\n") == 1
+    folders = ["/proc/none/run", str(tmp_path / "file"), str(tmp_path / "file" / "run")]
+    told = run_distributed(errors_of_entering, 2, folders=folders)
+    assert told[0] == told[1]
+    assert [said.startswith("[Errno") for said in told[0]] == [True] * 3, told
 
 
 # ---- an error on one rank
@@ -192,11 +200,12 @@ def ended(monkeypatch, tmp_path):
     left: list[bool] = []
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train.dist, "barrier", lambda: None)
     monkeypatch.setattr(train.dist, "destroy_process_group", lambda: left.append(True))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"stages": [{}], "run": {"out": str(tmp_path / "run")}}))
 
     def run(error: BaseException | None, rank: int = 0) -> tuple[int, bool]:
-        def ending(_):
+        def ending(*_):
             engine = Engine()
             if error is not None:
                 raise type(error)(*error.args)  # one that the test itself doesn't hold
@@ -400,17 +409,17 @@ def test_a_stage_that_does_not_fit_is_refused_with_settings_that_do():
     case = tiny_case(device="cuda", gpus=2, micro_batch=4, checkpointing="none")
     case = replace(case, clip=Clip(12, 256, 256))  # activations count, not DeepSpeed's buckets
     enough = memory(case).peak / (1 - ROOM)
-    train.check_memory([replace(case, cluster=replace(case.cluster, memory=1.01 * enough))], rank=0)
+    start_checks.check_memory([replace(case, cluster=replace(case.cluster, memory=1.01 * enough))], rank=0)
     tight = replace(case, cluster=replace(case.cluster, memory=0.8 * enough))
     with pytest.raises(ValueError, match=r"stage stage needs .* GiB on each GPU; .*; these settings fit") as told:
-        train.check_memory([tight], rank=0)
+        start_checks.check_memory([tight], rank=0)
     changed = dict(setting.split("=") for setting in str(told.value).split(": ")[-1].split())
     assert changed["model.checkpointing"] != "none" or changed["optimizer.micro_batch"] != "4"
     with pytest.raises(ValueError, match=r"kept free$"):
-        train.check_memory([tight], rank=1)
+        start_checks.check_memory([tight], rank=1)
 
 
 def test_on_a_cpu_nothing_is_refused():
     case = tiny_case()
-    train.check_memory([replace(case, cluster=replace(case.cluster, memory=1.0))], rank=0)
+    start_checks.check_memory([replace(case, cluster=replace(case.cluster, memory=1.0))], rank=0)
     assert case.cluster.device == "cpu" and not fits(replace(case, cluster=replace(case.cluster, memory=1.0)))

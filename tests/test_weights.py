@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from rf_train import config
 from rf_train.engine import checkpoint
-from rf_train.engine.checkpoint import TrainingState
 from rf_train.engine.collectives import start_ranks
+from rf_train.engine.state import TrainingState
 from rf_train.engine.zero import build_engine
 from rf_train.model.transformer import CausalWan
 from rf_train.weights import WeightFiles, export, from_wan_name, load_weights

@@ -4,10 +4,11 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,9 @@ _LOST = re.compile(r"(closed|reset) by peer|connection was likely closed", re.IG
 _LOST_NCCL = re.compile(
     r"remote process exited|connection closed|unhandled system error|communicator was aborted|watchdog", re.IGNORECASE
 )
+
+
+T = TypeVar("T")
 
 
 class RunError(RuntimeError):
@@ -134,6 +138,20 @@ def gather_lines(lines: list[str]) -> list[str]:
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, lines)
     return [line for lines in everyone for line in lines]
+
+
+def on_rank_0(action: Callable[[], T]) -> T:
+    """Runs `action` on rank 0, and returns its result, or raises its error, on every rank. A collective."""
+    told: list = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told[0] = action()
+        except (ValueError, OSError, RunError) as error:
+            told[1] = error
+    dist.broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

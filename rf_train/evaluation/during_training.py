@@ -11,8 +11,8 @@ from rf_train.config import Recipe
 from rf_train.data.batches import Datasets
 from rf_train.data.latent_dataset import LatentDataset
 from rf_train.diffusion.sampling import VideoRequest, count_passes, sample_chunks
-from rf_train.engine.checkpoint import TrainingState
 from rf_train.engine.collectives import gather_lines, sum_over_ranks
+from rf_train.engine.state import TrainingState
 from rf_train.engine.zero import Engine
 from rf_train.evaluation.long_videos import LongVideos, Sampler, summary
 from rf_train.evaluation.routing_choices import RoutingChoices, counted_choices

@@ -1,0 +1,81 @@
+"""Finding the checkpoint to go on from. Ranks share the work of checking it: each hashes some of its files."""
+
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+
+from rf_train.engine.checkpoint import (
+    DAMAGED,
+    Damaged,
+    check_file,
+    folder_of_step,
+    latest,
+    leftovers,
+    pointer,
+    read_manifest,
+    step_of,
+    steps_saved,
+)
+from rf_train.engine.collectives import gather_lines, on_rank_0
+
+
+def newest_whole(run: Path, go_back: bool, say: Callable[[str, int, str], None]) -> tuple[Path, dict] | None:
+    """The checkpoint to go on from, and its manifest; None without any. A collective, with one result on all ranks.
+
+    It is the one that `RUN/latest` names; when that is no checkpoint, the newest. With `go_back`, a damaged one is
+    renamed, `say(event, step, why)` is told on rank 0, and the one before it taken. Else it raises Damaged. Folders of
+    checkpoints that were never finished are removed.
+    """
+
+    def candidates() -> list[int]:
+        for folder in leftovers(run):
+            shutil.rmtree(folder, ignore_errors=True)
+        begin = latest(run)
+        if begin is not None and pointer(run) not in ("", begin.name):
+            say("note", step_of(begin), f"{run / 'latest'} names no checkpoint; the newest is {begin.name}")
+        return [step for step in reversed(steps_saved(run)) if begin is not None and step <= step_of(begin)]
+
+    for step in on_rank_0(candidates):
+        folder = folder_of_step(run, step)
+        try:
+            return folder, verified_together(folder)
+        except Damaged as damage:
+            if not go_back:
+                raise
+            on_rank_0(partial(_set_aside, folder, str(damage), say))
+    return None
+
+
+def _set_aside(folder: Path, damage: str, say: Callable[[str, int, str], None]) -> None:
+    """Renames a damaged checkpoint, and says so."""
+    number, name = 1, folder.name + DAMAGED
+    while folder.with_name(name).exists():
+        number += 1
+        name = f"{folder.name}{DAMAGED}{number}"
+    os.rename(folder, folder.with_name(name))
+    say("set aside", step_of(folder), f"{damage.split('; go back')[0]}; it is called {name} now")
+
+
+def verified_together(folder: Path) -> dict:
+    """The manifest of a checkpoint, after its files were checked. A collective: each rank hashes some of them.
+
+    Raises Damaged, on every rank, that names the first damaged file.
+    """
+    manifest = on_rank_0(lambda: read_manifest(folder))
+    damages, failures = [], []
+    try:
+        for entry in manifest["files"][dist.get_rank() :: dist.get_world_size()]:
+            check_file(folder, entry)
+    except Damaged as damage:
+        damages.append(str(damage))
+    except OSError as error:  # the file may be whole
+        failures.append(str(error))
+    if failures := gather_lines(failures):
+        raise OSError(failures[0])
+    if damages := gather_lines(damages):
+        raise Damaged(damages[0])
+    return manifest

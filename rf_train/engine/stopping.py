@@ -1,0 +1,120 @@
+"""Stopping in time: signals, and a launcher that has died, become a request that ranks agree on at a step boundary."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data_prep.command import GO_ON, INTERRUPTED
+from rf_train.engine.collectives import RunError, current_device
+from rf_train.engine.processes import command, parent
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+LAUNCHER_DIED, FOLDER_LOST = 1001, 1002  # reasons that are no signals
+
+
+class Stopped(RunError):
+    """The run was asked to stop, and has saved: the same command goes on. `why` is the reason, in words."""
+
+    def __init__(self, why: str, message: str):
+        super().__init__(message)
+        self.why = why
+
+
+class Stop:
+    """Whether this process was asked to stop, and why. `listen` begins to notice."""
+
+    one_signal = 2.0  # seconds in which signals count as one: launchers send several
+    patience = 900.0  # seconds that a save may take after the launcher has died
+
+    def __init__(self) -> None:
+        self.reason = 0
+        self.saves = False  # before the first step there is nothing to save: the process ends at once
+        self._first = 0.0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Notices signals, also while the main thread waits in a collective, and the end of the launcher."""
+        read, write = socket.socketpair()
+        write.setblocking(False)
+        before = [signal.signal(number, lambda *_: None) for number in SIGNALS]  # a thread acts on them
+        fd = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
+        ended = threading.Event()
+        threading.Thread(target=self._hear, args=(read,), name="signals", daemon=True).start()
+        if "LOCAL_RANK" in os.environ:  # a launcher has started this process
+            arguments = (launchers(), ended)
+            threading.Thread(target=self._watch_launcher, args=arguments, name="launcher", daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+            signal.set_wakeup_fd(fd)
+            for number, handler in zip(SIGNALS, before):
+                signal.signal(number, handler)
+            write.close()  # ends the thread that reads
+
+    def ask(self, reason: int) -> None:
+        """Asks for an end. Asked again after a while, the process ends at once."""
+        now = time.monotonic()
+        if not self.saves:
+            _leave(f"stopped by {words(reason)}, before the first step", GO_ON)
+        if not self.reason:
+            self.reason, self._first = reason, now
+        elif now - self._first > self.one_signal:
+            _leave(f"stopped at once by a second signal ({words(reason)})", INTERRUPTED)
+
+    def agreed(self) -> int:
+        """The reason to stop that some rank has; 0 for none. A collective, with the same result on all ranks."""
+        reason = torch.tensor(self.reason, device=current_device())
+        dist.all_reduce(reason, dist.ReduceOp.MAX)
+        return int(reason)
+
+    def _hear(self, sockets: socket.socket) -> None:
+        with sockets:
+            while numbers := sockets.recv(64):
+                for number in numbers:
+                    if number in SIGNALS:
+                        self.ask(number)
+
+    def _watch_launcher(self, alive: list[tuple[int, int]], ended: threading.Event) -> None:
+        while all(parent(child) == launcher for child, launcher in alive):
+            if ended.wait(1.0):
+                return
+        self.ask(LAUNCHER_DIED)
+        if not ended.wait(self.patience):
+            _leave("the launcher has died, and saving took too long", INTERRUPTED)
+
+
+def words(reason: int) -> str:
+    """A reason to stop, in words."""
+    others = {LAUNCHER_DIED: "the end of its launcher", FOLDER_LOST: "another job that took the run's folder"}
+    return others.get(reason) or signal.Signals(reason).name
+
+
+def launchers() -> list[tuple[int, int]]:
+    """(child, parent) of this process and its launcher, and of that one and DeepSpeed's runner, if it started it.
+
+    The launcher outlives a runner that is killed.
+    """
+    launcher = parent(os.getpid())
+    runner = parent(launcher)
+    found = [(os.getpid(), launcher)]
+    return [*found, (launcher, runner)] if _is_deepspeed(launcher) and _is_deepspeed(runner) else found
+
+
+def _is_deepspeed(pid: int) -> bool:
+    """Whether a process runs one of DeepSpeed's launchers."""
+    return any(word.startswith("deepspeed.launcher") or Path(word).name == "deepspeed" for word in command(pid))
+
+
+def _leave(message: str, code: int) -> None:
+    print(message, file=sys.stderr, flush=True)
+    os._exit(code)
