@@ -27,9 +27,10 @@ def duration(seconds: float | None) -> str:
 
 
 def reasons(ends: list[dict]) -> str:
-    """Such as "killed 2 times, stopped: SIGTERM"."""
+    """Such as "killed 2 times, stopped by SIGTERM": the five most frequent."""
     counts = Counter(end["why"] for end in ends)
-    return ", ".join(why + (f" {count} times" if count > 1 else "") for why, count in counts.items())
+    told = [why + (f" {count} times" if count > 1 else "") for why, count in counts.most_common(5)]
+    return ", ".join(told) + (f", {len(counts) - 5} other reasons" if len(counts) > 5 else "")
 
 
 def loss_text(status: Status) -> str:
@@ -40,7 +41,8 @@ def loss_text(status: Status) -> str:
 def checkpoint_text(found: Checkpoint | None) -> str:
     if found is None:
         return "none"
-    return f"step {found.step}, " + ("DAMAGED" if found.damage else f"{duration(found.age)} old, {found.check} right")
+    sound = "verified" if found.check == "sha256" else "sizes right"
+    return f"step {found.step}, " + ("DAMAGED" if found.damage else f"{duration(found.age)} old, {sound}")
 
 
 def block(status: Status) -> str:

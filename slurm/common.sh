@@ -16,11 +16,12 @@ preempted() {
   [[ $(scontrol show job "$SLURM_JOB_ID") == *PreemptTime=[0-9]* ]]
 }
 
-# Puts this job back into the queue, where Slurm wouldn't do so by itself. $1: the reason, for the log.
+# Puts this job back into the queue, where Slurm wouldn't do so by itself. $1: the reason, for the log. Slurm ends the
+# job then, and sends TERM to scontrol, too, which must live to say whether it was done.
 requeue() {
   if [ "$SECONDS" -lt "$MIN_SECONDS" ] && ! preempted; then
     echo "error: $1 after only $SECONDS s: not requeued. Is --time long enough, and longer than --signal's?" >&2
-  elif scontrol requeue "$SLURM_JOB_ID"; then
+  elif (trap '' TERM && exec scontrol requeue "$SLURM_JOB_ID"); then
     echo "$1 after $SECONDS s: requeued"
   else
     echo "error: $1, and Slurm refuses to requeue; submit the same command again, it goes on" >&2

@@ -96,13 +96,15 @@ def test_speed_loss_and_time_left_are_those_of_the_recent_steps(run):
         for step in range(1, 101 + RECENT)
     ]
     rows[-1].update(skipped=1, damaged=3, loss=None)
+    rows[-5]["seconds"] = 99.0  # a pause doesn't count
+    rows[7].update(skipped=1, damaged=1)
     (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     recipe = (run / "recipe.yaml").read_text().replace(f"steps: {STEPS}", "steps: 350")
     (run / "recipe.yaml").write_text(recipe)
     found = status_of(run)
     assert found.seconds_per_step == 0.5 and found.loss == 2.0 and found.loss_change == -1.0
     assert found.seconds_left == (350 - 100 - RECENT) * 0.5
-    assert found.skipped == 1 and found.damaged == 3
+    assert found.skipped == 2 and found.damaged == 4
 
 
 # ---- who writes it, and why it ended
@@ -141,7 +143,7 @@ def test_a_run_says_why_it_ended(run, capsys, why):
     write_events(run, started, started, {"event": "end", "step": 7, "why": why}, started, {"event": "end", "why": why})
     assert status_of(run).state == why
     code, out, _ = said(capsys, run)
-    assert code == 0 and f"3; ended: killed, {why} 2 times" in out and "7 of 12 (58%)" in out
+    assert code == 0 and f"3; ended: {why} 2 times, killed" in out and "7 of 12 (58%)" in out
 
 
 def test_failed_saves_and_damaged_checkpoints_are_problems(run):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rf_train.engine import checkpoint
+from rf_train.engine.run_folder import read_events
 from rf_train.run_log import read_rows
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import write_recipe
@@ -23,6 +24,14 @@ def assert_finished(project: Path, steps: int) -> None:
     """Every step once, and a last checkpoint that verifies."""
     assert [row["step"] for row in read_rows(project / "run" / "metrics.jsonl")] == list(range(1, steps + 1))
     assert checkpoint.verified(checkpoint.latest(project / "run"))["step"] == steps
+
+
+def starts_and_ends(project: Path) -> list[tuple[str, str]]:
+    """(event, job) of each start and (event, why) of each end. Where the run stops, it also goes on."""
+    events = [event for event in read_events(project / "run") if event["event"] in ("start", "end")]
+    for end, start in zip(events[1::2], events[2::2]):
+        assert end["step"] == start["step"]
+    return [(event["event"], event["job"] if event["event"] == "start" else event["why"]) for event in events]
 
 
 def weights_of(project: Path) -> dict:
@@ -61,6 +70,10 @@ def test_a_requeued_and_a_preempted_job_go_on_to_the_end_as_if_nothing_had_happe
     assert_finished(project, steps)
     log = log_of(project, job)
     assert log.count("from the start") == 1 and log.count("resuming after step") == 2
+    assert starts_and_ends(project) == [
+        ("start", str(job)), ("end", "stopped by SIGTERM"), ("start", f"{job}.1"), ("end", "stopped by SIGTERM"),
+        ("start", f"{job}.2"), ("end", "finished"),
+    ]  # fmt: skip
 
     alone = project / "alone"
     alone.mkdir()
@@ -74,7 +87,7 @@ def test_a_requeued_and_a_preempted_job_go_on_to_the_end_as_if_nothing_had_happe
 @pytest.mark.slow
 def test_a_job_requeues_itself_before_its_time_limit(jobs, project, samples):
     """Slurm looks at the limits every half minute, and sends a signal as much earlier."""
-    steps = 600
+    steps = 450
     write_recipe(project / "recipe.yaml", samples, steps)
     limit = ("--time=1", "--signal=USR1@1")
     job = jobs.submit(project, *TWO_NODES, *limit, "slurm/train.sbatch", "recipe.yaml", MIN_SECONDS="0")
@@ -83,18 +96,23 @@ def test_a_job_requeues_itself_before_its_time_limit(jobs, project, samples):
     assert jobs.job(job)["JobState"] == "COMPLETED", log
     assert int(jobs.job(job)["Restarts"]) == log.count("the run has stopped and saved after") >= 1
     assert_finished(project, steps)
+    assert ("end", "stopped by SIGUSR1") in starts_and_ends(project)
 
 
-def test_a_run_that_stops_at_once_is_not_requeued(jobs, project, samples):
-    """Here the signal comes at the start, because it is due longer before the end than the job may last."""
+@pytest.mark.slow
+def test_a_run_that_stops_soon_after_its_start_is_not_requeued(jobs, project, samples):
+    """It would stop again, for example because the signal is due longer before the end than the job may last."""
     write_recipe(project / "recipe.yaml", samples, 4000)
-    job = jobs.submit(project, *TWO_NODES, "--time=1", "--signal=USR1@50", "slurm/train.sbatch", "recipe.yaml")
+    job = jobs.submit(project, *TWO_NODES, "slurm/train.sbatch", "recipe.yaml")
+    wait_for_rows(jobs, project, job, 0, 1)
+    jobs.run("scancel", "--signal=USR1", str(job))
     jobs.wait_for_state(job, "FAILED")
     found = jobs.job(job)
     assert found["Restarts"] == "0" and found["ExitCode"] == "75:0"
     assert "not requeued. Is --time long enough" in log_of(project, job)
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_saves_and_stays_cancelled(jobs, project, samples):
     write_recipe(project / "recipe.yaml", samples, 4000)
     job = jobs.submit(project, *TWO_NODES, "slurm/train.sbatch", "recipe.yaml", MIN_SECONDS="0")
@@ -106,6 +124,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(jobs, project, samples):
     assert checkpoint.verified(checkpoint.latest(project / "run"))["step"] == rows_of(project)
 
 
+@pytest.mark.slow
 def test_a_preemption_with_a_grace_time_requeues_a_run_however_short(jobs, project, samples):
     """Slurm asks the tasks alone then, and requeues only what still runs when the grace time is over."""
     write_recipe(project / "recipe.yaml", samples, 4000)
@@ -141,6 +160,7 @@ def parent_of(folder: Path) -> str:
     return (folder / "stat").read_text().rsplit(")", 1)[1].split()[1]
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_job_within_seconds(jobs, project, samples):
     write_recipe(project / "recipe.yaml", samples, 4000)
     job = jobs.submit(project, *TWO_NODES, "slurm/train.sbatch", "recipe.yaml", MIN_SECONDS="0")
@@ -186,3 +206,35 @@ def test_tasks_know_their_rank_and_their_gpus(jobs, project, options, gpus):
     tasks = [line.split()[1:] for line in log_of(project, job).splitlines() if line.startswith("task ")]
     assert [task[:5] for task in tasks] == [[str(n), str(n % 2), "4", "2", "127.0.0.1"] for n in range(4)]
     assert sorted(task[5] for task in tasks) == gpus
+
+
+def test_a_job_that_stops_says_what_becomes_of_it(jobs, project):
+    """A stand-in for Python stops at once, as a run that has saved."""
+    (project / "python").write_text("#!/bin/sh\nexit 75\n")
+    (project / "python").chmod(0o755)
+    start = ("--cpus-per-task=1", "slurm/train.sbatch", "demo")
+    variables = {"PYTHON": str(project / "python"), "MIN_SECONDS": "0"}
+    requeued = jobs.submit(project, *start, **variables)
+    refused = jobs.submit(project, "--no-requeue", *start, **variables)
+    jobs.wait_for("requeued job", lambda: jobs.job(requeued)["Restarts"] != "0")
+    jobs.wait_for_state(refused, "FAILED")
+    assert "the run has stopped and saved after" in log_of(project, requeued)
+    assert "refuses" not in log_of(project, requeued)
+    assert "Slurm refuses to requeue; submit the same command again" in log_of(project, refused)
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_elsewhere_when_a_node_fails(jobs, project, samples):
+    """Slurm requeues it; nobody asks the run to save."""
+    write_recipe(project / "recipe.yaml", samples, 4000, save_every=5)
+    job = jobs.submit(project, "--cpus-per-task=4", "slurm/train.sbatch", "recipe.yaml")
+    wait_for_rows(jobs, project, job, 0, 6)
+    node = jobs.job(job)["NodeList"]
+    try:
+        jobs.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+        wait_for_rows(jobs, project, job, 1, rows_of(project) + 10)
+        assert {node, jobs.job(job)["NodeList"]} == {"n1", "n2"}
+        assert "resuming after step" in log_of(project, job)
+    finally:
+        jobs.end_all_jobs()
+        jobs.run("scontrol", "update", f"nodename={node}", "state=resume")
