@@ -98,6 +98,11 @@ class Cluster:
     def wait_for_state(self, job: int, *states: str, seconds: float = 120) -> None:
         self.wait_for(f"{' or '.join(states)} of job {job}", lambda: self.job(job)["JobState"] in states, seconds)
 
+    def wait_for_nodes(self) -> None:
+        """Waits until both nodes are idle."""
+        idle = ["sinfo", "--noheader", "--Node", "--partition=low", "--states=idle", "--format=%N"]
+        self.wait_for("idle nodes", lambda: self.run(*idle, check=False).split() == ["n1", "n2"], 60)
+
     def end_all_jobs(self) -> None:
         self.run("scancel", "--full", "--signal=KILL", "--user", user_name(), check=False)
         self.run("scancel", "--user", user_name(), check=False)
@@ -146,9 +151,8 @@ def running_cluster() -> Iterator[Cluster]:
             stack.enter_context(daemon(command, folder / f"daemon-{position}.log", cluster.environment))
             if command[0] == "munged":
                 cluster.wait_for("munge", (folder / "munge.socket").exists, 20)
-        idle = ["sinfo", "--noheader", "--Node", "--partition=low", "--states=idle", "--format=%N"]
         try:
-            cluster.wait_for("idle nodes", lambda: cluster.run(*idle, check=False).split() == ["n1", "n2"], 60)
+            cluster.wait_for_nodes()
         except AssertionError as error:
             logs = "".join(f"\n{path}\n{path.read_text()[-3000:]}" for path in sorted(folder.glob("*.log")))
             raise AssertionError(f"{error}{logs}") from None
