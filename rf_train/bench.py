@@ -1,4 +1,4 @@
-"""Measures parts of the project:  python -m rf_train.bench attention|routing|model|step|rollout|data|gpu
+"""Measures parts of the project:  python -m rf_train.bench attention|routing|model|step|rollout|data|checkpoint|gpu
 
 Each prints a table for people and, as its last line, one JSON object with the same figures. Things that are compared
 are measured in turn, in one run. Figures are ratios of medians, because machines are noisy.
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_prep.command import one_line
+from rf_train.bench_checkpoint import bench_checkpoint
 from rf_train.bench_data import MANY, bench_data
 from rf_train.bench_gpu import bench_gpu, random_batch, two_streams, visible
 from rf_train.bench_self_forcing import MODEL_FILE
@@ -421,6 +422,7 @@ BENCHES: dict[str, Callable[[argparse.Namespace], Result]] = {
     "step": bench_step,
     "rollout": bench_rollout,
     "data": bench_data,
+    "checkpoint": bench_checkpoint,
     "gpu": bench_gpu,
 }
 
@@ -438,13 +440,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=64, help="data: samples of Wan's size that are read")
     parser.add_argument("--steps", type=int, default=20, help="data: training steps of the demo's model")
     parser.add_argument("--index-samples", type=int, default=MANY, help="data: made-up samples of the large index")
+    parser.add_argument("--layers", type=int, default=15, help="checkpoint: blocks of 68 MiB each")
     parser.add_argument("--minutes", type=float, default=10.0, help="gpu: no part begins after this time")
     parser.add_argument("--part", action="append", default=[], help="gpu: only parts that begin so; can be given again")
-    parser.add_argument("--out", default="runs/bench_gpu", help="gpu: the folder of results.json")
+    parser.add_argument("--out", help="gpu, checkpoint: the folder to write into, runs/bench_NAME")
     parser.add_argument("--self-forcing", type=Path, help="gpu: a copy of Self-Forcing's repository, to compare with")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the launcher
     options = parser.parse_args(arguments)
-    for name in ("chunks", "tokens", "heads", "top_k", "side", "frames", "rounds", "samples", "steps", "index_samples"):
+    counts = "chunks tokens heads top_k side frames rounds samples steps index_samples layers"
+    for name in counts.split():
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
     if options.self_forcing is not None and not (options.self_forcing / MODEL_FILE).is_file():

@@ -445,7 +445,7 @@ def rounded(value: Any) -> Any:
 
 
 def bench_gpu(options: argparse.Namespace) -> tuple[list[str], dict]:
-    bench = Bench(Path(options.out), 60 * options.minutes, options.self_forcing)
+    bench = Bench(Path(options.out or "runs/bench_gpu"), 60 * options.minutes, options.self_forcing)
     bench.run(options.part)
     lines = [f"  {name}: {json.dumps(rounded(figures))}" for name, figures in bench.results.items()]
     return [f"results in {bench.out / 'results.json'}", *lines], {"bench": "gpu", **bench.results}

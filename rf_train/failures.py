@@ -61,8 +61,7 @@ def print_error(error: BaseException, rank: int, watch: Watch) -> None:
     foreseen = isinstance(error, FORESEEN)
     if rank and foreseen and not isinstance(error, (PeerLost, RolloutMismatch, OutOfMemory)):
         time.sleep(5)
-    if watch.first_to_fail():
-        trace = "" if foreseen else "".join(traceback.format_exception(error))
-        kind = "" if foreseen else f"{type(error).__name__}: "
-        where = f" on rank {rank}" if rank else ""
-        print(f"{trace}error{where}: {kind}{one_line(error)}", file=sys.stderr, flush=True)
+    trace = "" if foreseen else "".join(traceback.format_exception(error))
+    kind = "" if foreseen else f"{type(error).__name__}: "
+    where = f" on rank {rank}" if rank else ""
+    watch.fail(f"{trace}error{where}: {kind}{one_line(error)}")

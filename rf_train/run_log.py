@@ -2,22 +2,28 @@
 
 import json
 import math
+import re
+import sys
 import threading
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from data_prep.command import one_line, printable
 from data_prep.files import write_atomic
 from rf_train import config
 from rf_train.config import Recipe
+
+WANDB_START = 30.0  # seconds that wandb's server has to answer at the start
 
 
 class RunLog:
     """The log of a run. Only rank 0 writes; on other ranks every call does nothing."""
 
-    patience = 3.0  # seconds that wandb has to end after a failure
+    patience, patience_after_failure = 60.0, 3.0  # seconds that wandb has to end
 
     def __init__(self, recipe: Recipe, first_step: int, rank: int):
         self.active = rank == 0
@@ -29,18 +35,7 @@ class RunLog:
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115  closed by `close`
         bar = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.1, "mininterval": 0.5}
         self.bar = tqdm(total=recipe.steps, initial=first_step, **bar)
-        self.wandb: Any = None
-        if recipe.run.wandb != "disabled":
-            import wandb
-
-            self.wandb = wandb.init(
-                project=recipe.run.wandb_project,
-                name=out.name,
-                dir=str(out),
-                mode=recipe.run.wandb,  # type: ignore[arg-type]
-                config=config.to_dict(recipe),
-                settings=wandb.Settings(silent=True, console="off"),
-            )
+        self.wandb = start_wandb(recipe) if recipe.run.wandb != "disabled" else None
         self.clock = time.perf_counter()
 
     def log(self, step: int, stage: str, clips: int, metrics: dict) -> None:
@@ -60,7 +55,11 @@ class RunLog:
         loss = "none" if row["loss"] is None else f"{row['loss']:.4f}"
         self.bar.set_postfix_str(f"{stage} loss {loss} {row['samples_per_s']:.1f} samples/s", refresh=False)
         if self.wandb is not None:
-            self.wandb.log(_flat(row), step=step + 1)
+            try:
+                self.wandb.log(_flat(row), step=step + 1)
+            except Exception as error:  # of any kind: training matters more
+                self.print_line(printable(f"wandb has failed, and gets nothing more: {error}"))
+                self.wandb = None
 
     def print_line(self, text: str) -> None:
         """Prints a line above the progress bar."""
@@ -68,17 +67,50 @@ class RunLog:
             self.bar.write(text)
 
     def close(self, failed: bool = False) -> None:
-        """Ends the log. After a failure wandb has little time: other ranks may wait for the end of this process."""
+        """Ends the log. wandb has little time: its server may be away, and other ranks may wait for this process."""
         if not self.active:
             return
         self.bar.close()
         self.file.close()
-        if self.wandb is not None and failed:
-            ending = threading.Thread(target=self.wandb.finish, kwargs={"exit_code": 1}, daemon=True)
+        if self.wandb is not None:
+            ending = threading.Thread(target=self.wandb.finish, kwargs={"exit_code": int(failed)}, daemon=True)
             ending.start()
-            ending.join(self.patience)
-        elif self.wandb is not None:
-            self.wandb.finish()
+            ending.join(self.patience_after_failure if failed else self.patience)
+            if ending.is_alive() and not failed:
+                print("wandb's server doesn't answer; `wandb sync` sends what is in the run's folder", file=sys.stderr)
+
+
+def start_wandb(recipe: Recipe) -> Any:
+    """wandb's run; None when wandb fails. A run that is resumed goes on in the same one, whose id is in RUN/wandb_id.
+
+    wandb leaves out the rows of steps that are done again. When its server is away, the run is logged offline.
+    """
+    import wandb
+
+    out = Path(recipe.run.out)
+    path = out / "wandb_id"
+    name = path.read_text().strip() if path.is_file() else ""
+    if not re.fullmatch(r"\w{1,64}", name):
+        name = uuid.uuid4().hex[:16]
+        write_atomic(path, name)
+    modes = ["online", "offline"] if recipe.run.wandb == "online" else ["offline"]
+    for mode in modes:
+        try:
+            return wandb.init(
+                project=recipe.run.wandb_project,
+                id=name,
+                resume="allow" if mode == "online" else None,
+                name=out.name,
+                dir=str(out),
+                mode=mode,  # type: ignore[arg-type]
+                config=config.to_dict(recipe),
+                settings=wandb.Settings(silent=True, console="off", init_timeout=WANDB_START),
+            )
+        except Exception as error:  # of any kind: training matters more
+            what = "wandb.online failed; logging offline, for `wandb sync`" if mode == "online" else "wandb failed"
+            print(f"{what}: {one_line(error)}", file=sys.stderr)
+            wandb.teardown()
+    return None
 
 
 def _without_nan(value: Any) -> Any:
@@ -104,22 +136,25 @@ def _flat(row: dict) -> dict:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl. A last line that was cut by a crash is left out."""
+    """The rows of a metrics.jsonl. Lines that aren't readable, such as one that a crash has cut, are left out."""
     rows: list[dict] = []
     if path.is_file():
         for line in path.read_text(errors="replace").splitlines():
             try:
                 row = json.loads(line)
             except ValueError:
-                break
-            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                break
-            rows.append(row)
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
     return rows
 
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Removes the rows of steps after `step`, which the run is about to repeat."""
+    """Removes the rows of steps after `step`, which the run is about to repeat. Says which lines are not readable."""
     if path.is_file():
-        rows = [row for row in read_rows(path) if row["step"] <= step]
+        found = read_rows(path)
+        rows = [row for row in found if row["step"] <= step]
+        lost = len(path.read_text(errors="replace").rstrip("\n").splitlines()) - len(found)
+        if lost:
+            print(f"{path}: {lost} lines are not readable, and are left out", file=sys.stderr)
         write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -45,6 +45,16 @@ def test_a_benchmark_prints_its_figures(arguments, figure, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_checkpoint_s_benchmark_leaves_nothing(tmp_path):
+    arguments = ["checkpoint", "--layers", "1", "--rounds", "1", "--out", str(tmp_path)]
+    [out] = run_distributed(bench_on_this_rank, 1, arguments=arguments)
+    figures = json.loads(out.splitlines()[-1])
+    assert figures["bench"] == "checkpoint" and figures["mib"] > 60
+    assert all(figures[name] > 0 for name in ("stall_share", "write_rate_over_dd", "verify_rate_over_sha256sum"))
+    assert [path.name for path in tmp_path.rglob("*")] == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("minutes", ["10", "0"])
 def test_the_gpus_benchmark_runs_at_toy_sizes_and_says_what_it_left_out(tmp_path, minutes):
     parts = [word for part in ("values", "step 5 s, eager") for word in ("--part", part)]

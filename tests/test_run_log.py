@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rf_train import config
+from rf_train import config, run_log
 from rf_train.config import Recipe
 from rf_train.run_log import RunLog, read_rows
 from tests.conftest import plain_settings
@@ -29,8 +29,8 @@ class Wandb:
     def log(self, row: dict, step: int) -> None:
         self.rows[step] = row
 
-    def finish(self) -> None:
-        self.finished = True
+    def finish(self, exit_code: int) -> None:
+        self.finished = exit_code == 0
 
 
 def write_steps(recipe: Recipe, first: int, end: int, **metrics) -> Wandb:
@@ -78,12 +78,55 @@ def test_a_resumed_run_drops_the_rows_of_the_steps_that_it_does_again(recipe, tm
 
 def test_after_a_failure_a_slow_wandb_does_not_keep_other_ranks_waiting(recipe):
     log, end, told = RunLog(recipe, 0, rank=0), threading.Event(), []
-    log.patience = 0.1
+    log.patience_after_failure = 0.1
     log.wandb = SimpleNamespace(finish=lambda exit_code: (told.append(exit_code), end.wait(60)))
     begin = time.monotonic()
     log.close(failed=True)
     assert time.monotonic() - begin < 10 and told == [1]
     end.set()
+
+
+def test_a_line_that_was_damaged_in_the_middle_loses_no_other(recipe, tmp_path, capsys):
+    write_steps(recipe, 0, 4, loss=1.0)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], lines[1][:9] + "\x00", *lines[2:], "[]"]) + "\n")
+    assert [row["step"] for row in read_rows(path)] == [1, 3, 4]
+    write_steps(recipe, 4, 5, loss=1.0)
+    assert [row["step"] for row in read_rows(path)] == [1, 3, 4, 5]
+    assert f"{path}: 2 lines are not readable, and are left out\n" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_without_its_server_wandb_logs_offline_and_a_resumed_run_keeps_its_name(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens
+    monkeypatch.setattr(run_log, "WANDB_START", 3.0)
+    names = []
+    for mode in ("online", "offline"):
+        begin = time.monotonic()
+        log = RunLog(replace(recipe, run=replace(recipe.run, wandb=mode)), 0, rank=0)
+        log.log(0, "a", 8, {"loss": 0.5})
+        names.append(log.wandb.id)
+        log.close()
+        assert time.monotonic() - begin < 60
+    assert names[0] == names[1] == (tmp_path / "wandb_id").read_text()
+    said = capsys.readouterr().err
+    assert said.count("wandb.online failed; logging offline") == 1
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+
+
+def test_a_wandb_that_fails_does_not_stop_training(recipe, tmp_path, capsys):
+    def fail(row: dict, step: int) -> None:
+        raise RuntimeError("no\nluck")
+
+    log = RunLog(recipe, 0, rank=0)
+    log.wandb = SimpleNamespace(log=fail)
+    log.log(0, "a", 8, {"loss": 0.5})
+    log.log(1, "a", 8, {"loss": 0.5})
+    log.close()
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert "wandb has failed, and gets nothing more: no" in "".join(capsys.readouterr())
 
 
 def test_other_ranks_write_nothing(recipe, tmp_path):

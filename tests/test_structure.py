@@ -23,6 +23,7 @@ LAYERS = (
         "rf_train.train",
         "rf_train.generate",
         "rf_train.bench",
+        "rf_train.bench_checkpoint",
         "rf_train.bench_data",
         "rf_train.bench_gpu",
         "rf_train.bench_self_forcing",

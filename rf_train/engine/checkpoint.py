@@ -134,6 +134,12 @@ def leftovers(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob(f"step-*{MAKING}"))
 
 
+def was_saved(run: Path) -> bool:
+    """Whether the run ever had a checkpoint, which may be damaged or gone by now."""
+    folders = (run / "checkpoints").glob("step-*")
+    return (run / "latest").exists() or any(not folder.name.endswith(MAKING) for folder in folders)
+
+
 def prune(run: Path, keep: int, always: set[int]) -> None:
     """Removes old checkpoints.
 

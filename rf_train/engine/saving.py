@@ -38,6 +38,7 @@ class Saved:
     step: int
     seconds: float  # from its beginning to its end
     stall: float  # seconds of them in which training stood still
+    waited: float  # seconds of these in which it waited for files that were not written yet
     error: str  # "" when the checkpoint is whole
 
 
@@ -119,11 +120,12 @@ class Saver:
         """Names the checkpoint, or removes what a failed save left."""
         assert self.pending is not None
         begin, step, making = time.perf_counter(), self.pending, self._making(self.pending)
-        error, stall = self._refused, 0.0
+        error, stall, waited = self._refused, 0.0, 0.0
         if not error:
             assert self._writing is not None
             entries: list = [None] * dist.get_world_size()
             dist.all_gather_object(entries, _outcome(self._writing))
+            waited = time.perf_counter() - begin
             failed = [f"rank {rank}: {entry}" for rank, entry in enumerate(entries) if isinstance(entry, str)]
             error = failed[0] if failed else on_rank_0(lambda: self._name(making, entries))
             stall = self._stall
@@ -132,7 +134,7 @@ class Saver:
         if dist.get_rank() == 0:
             self._worker.submit(_remove if error else self._prune, making)
         now = time.perf_counter()
-        return Saved(folder_of_step(self.run, step), step, now - self._began, stall + now - begin, error)
+        return Saved(folder_of_step(self.run, step), step, now - self._began, stall + now - begin, waited, error)
 
     def _prune(self, _: Path) -> None:
         """Removes old checkpoints."""

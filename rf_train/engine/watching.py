@@ -62,10 +62,14 @@ class Watch:
         """Stops to watch. Before a rank leaves, all must have stopped."""
         self._ended.set()
 
-    def first_to_fail(self) -> bool:
-        """Tells the peers that this rank has failed, and they leave. False if another one did so before."""
+    def fail(self, text: str) -> None:
+        """Prints what has ended this rank, unless a peer has failed before, and tells the peers, which leave."""
         self.close()
-        return self._asked(lambda store: store.add("failed", 1) == 1) is not False
+        if self._asked(lambda store: store.add("failed", 1) > 1):
+            return
+        print(text, file=sys.stderr, flush=True)
+        if self._store is not None and self.ranks.rank == 0:
+            time.sleep(2 * self.interval)  # the store ends with rank 0: peers hear of it first
 
     # ---- the threads
 
@@ -74,9 +78,11 @@ class Watch:
             if self._failed.is_set() and not self._ended.is_set():  # that rank has said why
                 os._exit(LEFT)
             for rank, pid in self._neighbours.items():
-                if started(pid) is None:
+                if started(pid) is None and not self._failed.wait(2 * self.interval) and not self._ended.is_set():
                     self._leave(f"rank {rank} (process {pid}) was killed, or ended without a word; all ranks leave")
-            if time.monotonic() - self._since > self._allowed:
+            # Rank 0 says it, or leaves others the time to.
+            turn = self.ranks.rank and 6 * self.interval + 2 * self.answer
+            if time.monotonic() - self._since > self._allowed + turn:
                 self._leave(self._hang())
 
     def _exchange(self) -> None:
@@ -138,9 +144,7 @@ class Watch:
         return f"{waited}: {'; '.join(told)}"
 
     def _leave(self, why: str) -> None:
-        """Ends this process, and says why unless another rank has said it."""
-        if why and self.first_to_fail():
-            print(f"error on rank {self.ranks.rank}: {why}", file=sys.stderr, flush=True)
+        self.fail(f"error on rank {self.ranks.rank}: {why}")
         os._exit(LEFT)
 
 

@@ -1,0 +1,116 @@
+"""Watching: a death or an error on one rank ends its peers, though they wait; a hang is named, and ended."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rf_train.engine.watching import LEFT, Watch
+from tests.distributed import PROJECT, free_port, rank_environment
+
+# A rank that waits for ever in a call which no error of a peer ends, as with NCCL.
+RANK = """
+import os, sys, time
+import torch.distributed as dist
+from rf_train.engine.collectives import start_ranks
+from rf_train.engine.watching import Watch
+what, rank = sys.argv[1], int(os.environ["RANK"])
+watch = Watch(hang_timeout=1.0)
+watch.interval, watch.answer = 0.3, 2.0
+watch.begin(start_ranks())
+print("ready", flush=True)
+if what == "fail" and rank == 1:
+    watch.fail("error on rank 1: no luck")
+    time.sleep(60)
+if what == "rank 0 fails" and rank == 0:
+    watch.fail("error on rank 0: no luck")
+    os._exit(2)
+if what == "hang":
+    watch.at("step 7" if rank == 1 else "step 8")
+    time.sleep(60)
+if what == "end":
+    watch.at("step 1")
+    watch.close()
+    dist.barrier()
+    os._exit(0)
+sys.stdin.read() if what == "killed" else time.sleep(60)
+"""
+
+
+def ranks(what: str, stop: int | None = None, number: int = signal.SIGKILL) -> tuple[list[int], list[str], float]:
+    """Starts two ranks, and sends a signal to rank `stop`. (exit codes, what each said to stderr, seconds)."""
+    port, pipe = free_port(), subprocess.PIPE
+    started = []
+    for rank in range(2):
+        environment = {**os.environ, **rank_environment(rank, 2, port)}
+        command = [sys.executable, "-c", RANK, what]
+        started.append(
+            subprocess.Popen(command, env=environment, cwd=PROJECT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        )
+    try:
+        for process in started:
+            assert process.stdout.readline() == "ready\n"
+        begin = time.monotonic()
+        if stop is not None:
+            time.sleep(0.5)  # it tells its place first
+            started[stop].send_signal(number)
+        waiting = [process for rank, process in enumerate(started) if rank != stop]
+        for process in waiting:
+            process.wait(timeout=60)
+        seconds = time.monotonic() - begin
+    finally:
+        for process in started:
+            process.kill()
+        said = [process.communicate()[1] for process in started]
+    return [process.returncode for process in started], said, seconds
+
+
+def own(said: str) -> list[str]:
+    """The lines that aren't PyTorch's."""
+    return [line for line in said.splitlines() if line.startswith("error")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_when_a_rank_is_killed_its_neighbour_says_so_and_leaves(killed):
+    codes, said, seconds = ranks("killed", killed)
+    assert codes[1 - killed] == LEFT and seconds < 20
+    [line] = own(said[1 - killed])
+    assert line.startswith(f"error on rank {1 - killed}: rank {killed} (process ") and "was killed" in line
+
+
+@pytest.mark.slow
+def test_an_error_on_one_rank_is_the_last_word_and_all_leave():
+    codes, said, seconds = ranks("fail", stop=1, number=0)
+    assert codes[0] == LEFT and seconds < 20
+    assert own(said[0]) == [] and own(said[1]) == ["error on rank 1: no luck"]
+    codes, said, seconds = ranks("rank 0 fails")
+    assert codes == [2, LEFT] and seconds < 20
+    assert own(said[1]) == [] and own(said[0]) == ["error on rank 0: no luck"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "stop, words",
+    [(None, "rank 1 at step 7"), (1, "rank 1 does not answer since step 7"), (0, "does not answer")],
+    ids=["both run", "rank 1 stopped", "rank 0 stopped"],
+)
+def test_a_hang_is_named_and_ended(stop, words):
+    codes, said, seconds = ranks("hang", stop, signal.SIGSTOP)
+    assert LEFT in codes and seconds < 40
+    lines = [line for one in said for line in own(one)]
+    assert len(lines) == 1 and "no progress for" in lines[0] and words in lines[0]
+
+
+@pytest.mark.slow
+def test_ranks_that_end_well_are_not_missed():
+    codes, said, _ = ranks("end")
+    assert codes == [0, 0] and not any(map(own, said))
+
+
+def test_alone_without_a_store_a_rank_says_why_it_fails(capsys):
+    Watch().fail("no luck")
+    assert capsys.readouterr().err == "no luck\n"
