@@ -3,6 +3,7 @@
 # make evidence E=--quick      the same in minutes, only to see that it runs; E="histories --seeds 1" a part of it
 # make test                    all tests;  make test T=tests/model  some of them
 # make test-fast               all but the slow tests: for everyday work
+# make test-slurm              the batch scripts on a real Slurm; installs it (Debian)
 # make lint, make format       what CI checks besides the tests; format the code
 # make demo TORCH=cpu          with PyTorch's build for CPUs (or TORCH=cu128, ...); later calls keep it
 # All set up .venv first. Finished work is not repeated. Interrupted work is resumed or done again.
@@ -38,8 +39,9 @@ CLIPS := --fps 16 --size 32x32 --text default
 PROMPT := a red cross moving right
 
 E ?=
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: demo demo-data evidence test test-fast lint format setup clean
+.PHONY: demo demo-data evidence test test-fast test-slurm lint format setup clean
 
 demo: demo-data
 	$(TRAIN) demo optimizer.micro_batch=$(MICRO) evaluation.every=800
@@ -70,6 +72,11 @@ test: setup
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow" $(T)
+
+SLURM := slurm-wlm munge shellcheck
+test-slurm: setup
+	@dpkg -s $(SLURM) >/dev/null 2>&1 || { $(SUDO) apt-get update && $(SUDO) apt-get install --yes $(SLURM); }
+	$(BIN)/python -m pytest tests/slurm
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -172,7 +172,7 @@ def read_evaluation(run: Path) -> dict:
         return {}
     try:
         found = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}); remove it, and evaluate again") from None
     wanted = {
         "request",
@@ -186,7 +186,8 @@ def read_evaluation(run: Path) -> dict:
         "trained_seconds",
         "fps",
     }
-    if not isinstance(found, dict) or not wanted <= found.keys() or not found["metrics"].keys() >= REPORTED:
+    known = isinstance(found, dict) and wanted <= found.keys() and isinstance(found["metrics"], dict)
+    if not known or not found["metrics"].keys() >= REPORTED:
         raise ValueError(f"{path}: not an evaluation of this version; remove it, and evaluate again")
     return found
 

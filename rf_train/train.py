@@ -47,7 +47,7 @@ from rf_train.engine.devices import use_deterministic_kernels
 from rf_train.engine.restoring import newest_whole, verified_together
 from rf_train.engine.run_folder import Events, job_name, one_writer, read_events
 from rf_train.engine.state import TrainingState
-from rf_train.engine.stopping import FOLDER_LOST, Stop
+from rf_train.engine.stopping import FOLDER_LOST, Stop, Stopped
 from rf_train.engine.watching import Watch
 from rf_train.engine.zero import Engine, build_engine
 from rf_train.evaluation.during_training import TrainingEvaluation
@@ -128,11 +128,21 @@ def train_on(ranks: Ranks, recipe: Recipe, stop: Stop, watch: Watch) -> None:
             saves.finish()
             log.close(failed=True)
             raise
+        except Stopped:  # on all ranks, too
+            log.close(failed=True)
+            leave_together(watch)
+            raise
         except BaseException:
             log.close(failed=True)
             raise
         log.close()
         events.write("end", recipe.steps, why="finished")
+
+
+def leave_together(watch: Watch) -> None:
+    """Stops to watch on all ranks, before any of them leaves: else the others would miss it. A collective."""
+    watch.close()
+    dist.barrier()
 
 
 def timed_steps(
@@ -335,10 +345,9 @@ def main(arguments: list[str] | None = None) -> int:
             watch.hang_timeout = recipe.run.hang_timeout
             with naming_lost_peers():
                 train(recipe, stop, watch)
-            watch.close()
             # Only after success: with NCCL it waits for kernels that peers may never join.
             if dist.is_initialized():
-                dist.barrier()
+                leave_together(watch)
                 dist.destroy_process_group()
         except BaseException as error:
             kept_alive.append(error)

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from data_prep.video import write_video
-from rf_train import config, metrics, report
+from rf_train import config, metrics, report, report_data
 from rf_train.evaluation.long_videos import summary
 from rf_train.evaluation.video_metrics import GENERAL_METRICS, Gaussian, Segment, VideoPair, compare, latent_features
 from rf_train.metrics import METRICS, Metric, Plot, StepMetrics, over_clips
@@ -183,7 +183,7 @@ def test_a_run_without_an_evaluation_is_told_by_its_training_alone(runs, tmp_pat
 def test_a_run_on_other_segments_is_not_compared(runs, tmp_path):
     other = write_run(tmp_path / "other")
     path = other / "evaluation" / "evaluation.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "segments_seconds": [[0.75, 3.0]]}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "segments_seconds": [[0.75, 2.0], [2.0, 3.0]]}))
     page = Page(page_of([runs[0], other], tmp_path / "page.html"))
     assert "other was evaluated on other segments and isn't compared here." in page.texts
     assert not any(text.endswith("): other") for text in page.texts)
@@ -204,7 +204,9 @@ def test_the_picture_shows_the_truth_and_every_run(runs, tmp_path):
         (lambda run: (run / "recipe.yaml").unlink(), "not a run, it has no recipe.yaml"),
         (lambda run: (run / "metrics.jsonl").write_text(""), "its metrics.jsonl holds no steps yet"),
         (
-            lambda run: (run / "metrics.jsonl").write_text(json.dumps(dict.fromkeys(report.REQUIRED) | {"step": 1})),
+            lambda run: (run / "metrics.jsonl").write_text(
+                json.dumps(dict.fromkeys(report_data.ROW, 1) | {"stage": "a", "loss": None})
+            ),
             "its metrics.jsonl holds no step with a finite loss",
         ),
         (lambda run: (run / "metrics.jsonl").write_text('{"step": 1}\n'), "rows without stage, loss, seconds"),
@@ -213,7 +215,9 @@ def test_the_picture_shows_the_truth_and_every_run(runs, tmp_path):
         (lambda run: (run / "recipe.yaml").write_text("5"), "recipe.yaml: a recipe is a mapping"),
         (lambda run: (run / "evaluation/evaluation.json").write_text("{"), "evaluation.json: not JSON"),
         (lambda run: (run / "evaluation/evaluation.json").write_text("[]"), "not an evaluation of this version"),
+        (lambda run: (run / "evaluation/evaluation.json").write_text("[" * 100_000), "evaluation.json: not JSON"),
         (lambda run: (run / "evaluation/evaluation.json").write_text('{"metrics": {}}'), "of this version"),
+        (lambda run: change_evaluation(run, metrics=[HOSTILE]), "not an evaluation of this version"),
     ],
 )
 def test_a_folder_that_is_no_run_gets_one_line(tmp_path, capsys, change, message):
@@ -224,6 +228,11 @@ def test_a_folder_that_is_no_run_gets_one_line(tmp_path, capsys, change, message
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
     assert not (run / "report.html").exists()
+
+
+def change_evaluation(run: Path, **changes) -> None:
+    path = run / "evaluation" / "evaluation.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def test_a_picture_needs_an_evaluated_run(tmp_path, capsys):
@@ -286,6 +295,76 @@ def test_hostile_captions_and_names_are_text(runs, tmp_path):
     assert text.count(HOSTILE) == 3  # the caption, the stage in the table and above the plot
     assert text.count(name) >= 8
     assert page.count("svg") == 4
+
+
+def spoil(value, path: tuple, new) -> None:
+    """Replaces a part of a JSON value."""
+    for key in path[:-1]:
+        value = value[key]
+    value[path[-1]] = new
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("clips",), ("fps",), ("given_seconds",), ("trained_seconds",), ("segments_seconds", 0, 0),
+        ("metrics", "psnr", 0), ("metrics", "psnr", 0, "mean"), ("slopes", "psnr", "low"), ("frechet", 0),
+        ("history", "solver_steps"), ("history", "truth", 0), ("routing", "first_chunk"),
+        ("routing", "mean_distance", 0), ("rows",), ("rows", 0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_markup_in_place_of_a_number_is_refused(runs, tmp_path, capsys, path):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    file = run / "evaluation" / "evaluation.json"
+    found = json.loads(file.read_text())
+    found["routing"] = {"by_distance": [0.5], "first_chunk": 0.1, "entropy": 0.5, "mean_distance": [[1.0]]}
+    file.write_text(json.dumps(found))
+    assert report.main([str(run)]) == 0
+    for odd in (HOSTILE, {"a": HOSTILE}, True, 10**400, float("nan")):
+        spoil(found, path, odd)
+        file.write_text(json.dumps(found))
+        capsys.readouterr()
+        assert report.main([str(run)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {file}: not as rf_train.evaluate writes it; ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["clips", "psnr", "sharpness"])
+def test_markup_in_an_evaluation_during_training_is_refused(runs, tmp_path, capsys, key):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    rows = read_rows(run / "metrics.jsonl")
+    rows[2]["evaluation"][key] = HOSTILE
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert report.main([str(run)]) == 2
+    assert f"step 3: evaluation: {key}: expected a number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["truth", "video", "link", "absolute", "other folder", "another kind", "videos"])
+def test_no_file_from_outside_the_run_gets_into_a_report(runs, tmp_path, capsys, place):
+    """Neither by a path, nor by a link, nor as a file of the run that is no video."""
+    run, secret = tmp_path / "run", tmp_path / "secret.mp4"
+    shutil.copytree(runs[0], run)
+    secret.write_text("secret")
+    shutil.copy(secret, run / "evaluation" / "secret.txt")
+    (run / "evaluation" / "link.mp4").symlink_to(secret)
+    names = {
+        "truth": "../../secret.mp4", "video": "../../secret.mp4", "link": "link.mp4", "absolute": str(secret),
+        "other folder": "../videos/prompt.mp4", "another kind": "secret.txt",
+    }  # fmt: skip
+    file = run / "evaluation" / "evaluation.json"
+    found = json.loads(file.read_text())
+    if place == "videos":
+        (run / "videos" / "link.mp4").symlink_to(secret)
+    else:
+        found["rows"][0]["truth" if place == "truth" else "video"] = names[place]
+    file.write_text(json.dumps(found))
+    assert report.main([str(run)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and ("video beside it" in error or "not an mp4 inside the run's folder" in error)
+    assert not (run / "report.html").exists()
 
 
 def test_evaluations_during_training_are_plotted_if_there_are_any(runs, tmp_path):

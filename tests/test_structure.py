@@ -17,7 +17,8 @@ LAYERS = (
     ("rf_train.config",),
     ("rf_train.data", "rf_train.engine"),
     ("rf_train.planning", "rf_train.metrics", "rf_train.evaluation", "rf_train.generation"),
-    ("rf_train.run_log", "rf_train.weights", "rf_train.failures", "rf_train.start_checks", "rf_train.saves"),
+    ("rf_train.run_log", "rf_train.run_status", "rf_train.weights"),
+    ("rf_train.failures", "rf_train.start_checks", "rf_train.saves"),
     (
         "rf_train.train",
         "rf_train.generate",
@@ -28,7 +29,8 @@ LAYERS = (
         "rf_train.bench_gpu",
         "rf_train.bench_self_forcing",
     ),
-    ("rf_train.evaluate", "rf_train.plan"),
+    ("rf_train.evaluate", "rf_train.plan", "rf_train.status"),
+    ("rf_train.report_data",),
     ("rf_train.report",),
     ("rf_train.evidence",),
 )

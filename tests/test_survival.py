@@ -1,5 +1,6 @@
 """Runs that survive, through the real launcher: signals, dead launchers, two jobs, gone checkpoints, NaN to the end."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from data_prep.command import GO_ON
@@ -17,9 +19,19 @@ from rf_train import config, train
 from rf_train.engine import checkpoint
 from rf_train.engine.processes import command, parent
 from rf_train.engine.run_folder import read_events
+from rf_train.engine.stopping import Stop, Stopped
 from rf_train.run_log import read_rows
 from tests.distributed import PROJECT, free_port, run_distributed
-from tests.engine.runs import assert_same_state, losses_of, recipe_dict, rewound, train_on_ranks
+from tests.engine.runs import (
+    STEPS,
+    assert_close,
+    assert_same_state,
+    losses_of,
+    recipe_dict,
+    rewound,
+    train_on_ranks,
+    watched_steps,
+)
 from tests.test_train import train_with_nan_on_this_rank
 
 pytestmark = pytest.mark.slow
@@ -102,6 +114,40 @@ def test_a_run_that_is_asked_to_stop_saves_and_leaves_no_process(launched, numbe
     assert (start["event"], start["ranks"], saved["event"], end["event"]) == ("start", 2, "saved", "end")
     assert end["why"].startswith("stopped by ") and end["step"] == saved["step"] == rows(out)
     assert not (out / "lock.json").exists() and not list(out.glob("checkpoints/*.making"))
+
+
+def train_until_on_this_rank(recipe: dict, until: int) -> dict:
+    """Trains until it is asked to stop after so many steps. Returns what this rank was given at each step."""
+
+    class Asked(Stop):
+        done = len(read_rows(Path(recipe["run"]["out"]) / "metrics.jsonl"))
+
+        def agreed(self) -> int:
+            self.done += 1
+            return signal.SIGTERM if self.done >= until else 0
+
+    given = watched_steps()
+    with contextlib.suppress(Stopped):
+        train.train(config.from_dict(recipe), Asked())
+    return given
+
+
+def test_a_run_goes_on_with_other_ranks_and_engines_as_if_nothing_had_happened(plain_run, two_rank_run, tmp_path):
+    """On 2 ranks, 1, 4, and 2 with ZeRO-2: the same clips and draws, losses, average and moments."""
+    out, given = tmp_path / "run", {}
+    turns = [(2, {}, 7), (1, {}, 12), (4, {}, 17), (2, {"deepspeed": "ds_configs/zero2.json"}, STEPS)]
+    for ranks, run, until in turns:
+        recipe = recipe_dict(plain_run.data, out, **run)
+        for one in run_distributed(train_until_on_this_rank, ranks, recipe=recipe, until=until):
+            for step, clips in one.items():
+                given.setdefault(step, {}).update(clips)
+        assert rows(out) == until and checkpoint.steps_saved(out)[-1] == until
+    assert given == plain_run.clips
+    assert_close(losses_of(out), plain_run.losses, 1e-4)
+    for kind in checkpoint.KINDS:
+        ours, theirs = (checkpoint.read_weights(checkpoint.latest(run), kind) for run in (out, two_rank_run[0]))
+        for name, tensor in theirs.items():
+            torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_a_second_job_in_the_folder_is_refused_and_the_first_goes_on(launched, plain_run, tmp_path):

@@ -102,7 +102,7 @@ def folder_of_step(run: Path, step: int) -> Path:
 def step_of(folder: Path) -> int:
     """The step of a checkpoint's folder; -1 for any other folder."""
     number = folder.name.removeprefix("step-")
-    return int(number) if number != folder.name and number.isdigit() else -1
+    return int(number) if number != folder.name and number.isascii() and number.isdigit() else -1
 
 
 def steps_saved(run: Path) -> list[int]:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rf_train.engine.devices import gpu_is_usable, gpu_of_rank
+from rf_train.engine.processes import machine
 from rf_train.settings import differences
 
 # What gloo and PyTorch's store say when a peer is gone, and what NCCL says.
@@ -82,7 +83,6 @@ def start_ranks(patience: float = 0.0) -> Ranks:
     else:
         device = torch.device("cpu")
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
 
     import deepspeed
     from deepspeed.ops import __compatible_ops__
@@ -92,7 +92,17 @@ def start_ranks(patience: float = 0.0) -> Ranks:
     backend = "nccl" if on_gpu else "gloo"
     timeout = timedelta(minutes=30, seconds=patience)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    if not on_gpu:
+        torch.set_num_threads(threads_of_rank())
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def threads_of_rank() -> int:
+    """This rank's share of the cores that it may use. Slurm gives each rank cores of its own. A collective."""
+    own = {"machine": machine(), "cores": sorted(os.sched_getaffinity(0))}
+    everyone = [json.loads(line) for line in gather_lines([json.dumps(own)])]
+    sharing = [one for one in everyone if one["machine"] == own["machine"] and set(one["cores"]) & set(own["cores"])]
+    return max(1, len(own["cores"]) // len(sharing))
 
 
 @contextmanager

@@ -98,9 +98,10 @@ def fingerprints(micro_batches: list[Batch]) -> dict[str, str]:
     return found
 
 
-def train_on_this_rank(recipe: dict) -> dict:
-    """Trains. Returns what this rank was given at each step."""
-    given, steps = {}, batches.steps
+def watched_steps() -> dict[str, dict[str, str]]:
+    """What this rank is given at each step of the training that comes: it fills while it trains."""
+    given: dict[str, dict[str, str]] = {}
+    steps = batches.steps
 
     def watched(*arguments):
         for step, micro_batches in steps(*arguments):
@@ -108,6 +109,12 @@ def train_on_this_rank(recipe: dict) -> dict:
             yield step, micro_batches
 
     train.steps = watched
+    return given
+
+
+def train_on_this_rank(recipe: dict) -> dict:
+    """Trains. Returns what this rank was given at each step."""
+    given = watched_steps()
     train.train(config.from_dict(recipe))
     return given
 
