@@ -87,6 +87,11 @@ class RunLock:
         write_json(self.path, {**self._own, "beat": beat})
 
 
+def _short(error: BaseException) -> str:
+    """What an error says, without what a library said to it in brackets."""
+    return one_line(error).split(" ([")[0][:500] or type(error).__name__
+
+
 def owner(lock: dict) -> str:
     """The job of a lock, in words."""
     job = f", Slurm job {lock['job']}" if lock.get("job") else ""
@@ -159,7 +164,7 @@ def one_writer(run: Path, rank: int, on_lost: Callable[[], object]) -> Iterator[
     try:
         yield events
     except BaseException as error:
-        why = error.why if isinstance(error, Stopped) else f"error: {one_line(error) or type(error).__name__}"
+        why = error.why if isinstance(error, Stopped) else f"error: {_short(error)}"
         events.write("end", events.step, why=why)
         raise
     finally:
