@@ -67,7 +67,8 @@ class Watch:
         self.close()
         if self._asked(lambda store: store.add("failed", 1) > 1):
             return
-        print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):  # who read it is gone
+            print(text, file=sys.stderr, flush=True)
         if self._store is not None and self.ranks.rank == 0:
             time.sleep(2 * self.interval)  # the store ends with rank 0: peers hear of it first
 
