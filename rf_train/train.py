@@ -341,6 +341,7 @@ def main(arguments: list[str] | None = None) -> int:
                 dist.barrier()
                 dist.destroy_process_group()
         except BaseException as error:
+            stop.saves = True  # a signal is the launcher's answer now, and no news
             kept_alive.append(error)
             return report_failure(error, rank, watch, [options.recipe, *options.overrides])
     return 0
