@@ -36,6 +36,7 @@ if what in ("suspended", "slow"):
     if what == "suspended":  # as Slurm and a user can do it to a whole job
         subprocess.Popen(["sh", "-c", f"sleep 4; kill -CONT {os.getpid()}"])
         os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(0.5)
     else:
         time.sleep(1.7)  # it is late, and moves on while the ranks are asked where they are
     for step in range(1, 20):
