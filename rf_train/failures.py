@@ -5,8 +5,10 @@ import shlex
 import sys
 import time
 import traceback
+from contextlib import suppress
 
 import torch
+import torch.distributed as dist
 
 from data_prep.command import BAD_INPUT, GO_ON, INTERRUPTED, UNFORESEEN, one_line
 from rf_train.engine.collectives import PeerLost, RunError
@@ -31,7 +33,10 @@ def report_failure(error: BaseException, rank: int, watch: Watch, recipe: list[s
     watch.close()
     if isinstance(error, Stopped):
         if rank == 0:
-            print(one_line(error), file=sys.stderr, flush=True)
+            with suppress(OSError):  # who read it is gone
+                print(one_line(error), file=sys.stderr, flush=True)
+        with suppress(RuntimeError):  # rank 0 may still clean up: its watch, or the launcher, would miss a rank
+            dist.barrier()
         return GO_ON
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr, flush=True)

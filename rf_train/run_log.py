@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class RunLog:
         self.bar = tqdm(total=recipe.steps, initial=first_step, **bar)
         self.wandb = start_wandb(recipe) if recipe.run.wandb != "disabled" else None
         self.clock = time.perf_counter()
+        self.lost = False  # whether a row could not be written
 
     def log(self, step: int, stage: str, clips: int, metrics: dict) -> None:
         """Writes the metrics of the 0-based `step` of `clips` clips: numbers, lists, None for what wasn't measured.
@@ -50,8 +52,9 @@ class RunLog:
         seconds, self.clock = now - self.clock - (evaluation["seconds"] if evaluation else 0.0), now
         row = {"step": step + 1, "stage": stage, "seconds": seconds, "samples_per_s": clips / seconds, **metrics}
         row = _without_nan(row)
-        self.file.write(json.dumps(row, allow_nan=False) + "\n")
-        self.bar.update()
+        self._write(json.dumps(row, allow_nan=False) + "\n")
+        with suppress(OSError):  # who read it is gone
+            self.bar.update()
         loss = "none" if row["loss"] is None else f"{row['loss']:.4f}"
         self.bar.set_postfix_str(f"{stage} loss {loss} {row['samples_per_s']:.1f} samples/s", refresh=False)
         if self.wandb is not None:
@@ -61,17 +64,28 @@ class RunLog:
                 self.print_line(printable(f"wandb has failed, and gets nothing more: {error}"))
                 self.wandb = None
 
+    def _write(self, line: str) -> None:
+        """Writes a row. A full disk is no reason to stop; it is told once."""
+        try:
+            self.file.write(line)
+        except OSError as error:
+            if not self.lost:
+                self.print_line(printable(f"{self.path}: rows are lost: {error}"))
+            self.lost = True
+
     def print_line(self, text: str) -> None:
         """Prints a line above the progress bar."""
         if self.active:
-            self.bar.write(text)
+            with suppress(OSError):
+                self.bar.write(text)
 
     def close(self, failed: bool = False) -> None:
         """Ends the log. wandb has little time: its server may be away, and other ranks may wait for this process."""
         if not self.active:
             return
-        self.bar.close()
-        self.file.close()
+        for end in (self.bar.close, self.file.close):
+            with suppress(OSError):
+                end()
         if self.wandb is not None:
             ending = threading.Thread(target=self.wandb.finish, kwargs={"exit_code": int(failed)}, daemon=True)
             ending.start()
@@ -89,7 +103,7 @@ def start_wandb(recipe: Recipe) -> Any:
 
     out = Path(recipe.run.out)
     path = out / "wandb_id"
-    name = path.read_text().strip() if path.is_file() else ""
+    name = path.read_text(errors="replace").strip() if path.is_file() else ""
     if not re.fullmatch(r"\w{1,64}", name):
         name = uuid.uuid4().hex[:16]
         write_atomic(path, name)

@@ -47,7 +47,7 @@ from rf_train.engine.devices import use_deterministic_kernels
 from rf_train.engine.restoring import newest_whole, verified_together
 from rf_train.engine.run_folder import Events, job_name, one_writer, read_events
 from rf_train.engine.state import TrainingState
-from rf_train.engine.stopping import FOLDER_LOST, Stop, Stopped
+from rf_train.engine.stopping import FOLDER_LOST, Stop
 from rf_train.engine.watching import Watch
 from rf_train.engine.zero import Engine, build_engine
 from rf_train.evaluation.during_training import TrainingEvaluation
@@ -128,21 +128,11 @@ def train_on(ranks: Ranks, recipe: Recipe, stop: Stop, watch: Watch) -> None:
             saves.finish()
             log.close(failed=True)
             raise
-        except Stopped:  # on all ranks, too
-            log.close(failed=True)
-            leave_together(watch)
-            raise
         except BaseException:
             log.close(failed=True)
             raise
         log.close()
         events.write("end", recipe.steps, why="finished")
-
-
-def leave_together(watch: Watch) -> None:
-    """Stops to watch on all ranks, before any of them leaves: else the others would miss it. A collective."""
-    watch.close()
-    dist.barrier()
 
 
 def timed_steps(
@@ -347,9 +337,10 @@ def main(arguments: list[str] | None = None) -> int:
                 train(recipe, stop, watch)
             # Only after success: with NCCL it waits for kernels that peers may never join.
             if dist.is_initialized():
-                leave_together(watch)
+                dist.barrier()
                 dist.destroy_process_group()
         except BaseException as error:
+            stop.saves = True  # a signal is the launcher's answer now, and no news
             kept_alive.append(error)
             return report_failure(error, rank, watch, [options.recipe, *options.overrides])
     return 0

@@ -143,3 +143,16 @@ def test_the_time_of_an_evaluation_is_not_the_step_s(recipe, tmp_path):
     (row,) = read_rows(tmp_path / "metrics.jsonl")
     assert row["seconds"] > 100 and row["evaluation"]["psnr"] == [1.0, None]
     assert wandb.rows[1]["evaluation/psnr/0"] == 1.0 and "evaluation/psnr/1" not in wandb.rows[1]
+
+
+def test_a_full_disk_costs_rows_and_not_the_run(recipe, tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    write_steps(recipe, 0, 3)
+    assert capsys.readouterr().out.count("rows are lost: [Errno 28] No space left on device") == 1
+
+
+def test_a_wandb_id_that_is_no_text_is_replaced(recipe, tmp_path, monkeypatch):
+    (tmp_path / "wandb_id").write_bytes(b"\xff\xfe")
+    monkeypatch.setattr("wandb.init", lambda **settings: settings)
+    settings = run_log.start_wandb(replace(recipe, run=replace(recipe.run, wandb="offline")))
+    assert settings["id"] == (tmp_path / "wandb_id").read_text() and settings["id"].isalnum()

@@ -17,9 +17,12 @@ import yaml
 from data_prep.command import GO_ON
 from rf_train import config, train
 from rf_train.engine import checkpoint
+from rf_train.engine.collectives import start_ranks
 from rf_train.engine.processes import command, parent
 from rf_train.engine.run_folder import read_events
 from rf_train.engine.stopping import Stop, Stopped
+from rf_train.engine.watching import Watch
+from rf_train.failures import report_failure
 from rf_train.run_log import read_rows
 from tests.distributed import PROJECT, free_port, run_distributed
 from tests.engine.runs import (
@@ -242,3 +245,18 @@ def test_a_full_disk_costs_a_checkpoint_and_three_in_a_row_the_run(plain_run, tm
     assert checkpoint.steps_saved(tmp_path / "other") == [2]
     [last] = run_distributed(error_of_training, 1, recipe=recipe)
     assert last == "no error" and checkpoint.steps_saved(tmp_path / "other") == [2, 4, 6, 8]
+
+
+def leaves_on_this_rank() -> float:
+    """Seconds until a rank that was stopped may leave, when rank 0 cleans up for three."""
+    ranks, watch, begin = start_ranks(), Watch(), time.monotonic()
+    watch.begin(ranks)
+    if ranks.rank == 0:
+        time.sleep(3)
+    assert report_failure(Stopped("a signal", "stopped"), ranks.rank, watch, []) == GO_ON
+    return time.monotonic() - begin
+
+
+def test_ranks_that_were_stopped_leave_together():
+    """Else the launcher, or its watch, ends rank 0 while it removes old checkpoints."""
+    assert min(run_distributed(leaves_on_this_rank, 2)) > 2.5

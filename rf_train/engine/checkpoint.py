@@ -102,7 +102,8 @@ def folder_of_step(run: Path, step: int) -> Path:
 def step_of(folder: Path) -> int:
     """The step of a checkpoint's folder; -1 for any other folder."""
     number = folder.name.removeprefix("step-")
-    return int(number) if number != folder.name and number.isascii() and number.isdigit() else -1
+    own = number.isascii() and number.isdigit() and folder.name == f"step-{int(number):08d}"
+    return int(number) if own else -1
 
 
 def steps_saved(run: Path) -> list[int]:
@@ -172,12 +173,13 @@ def read_manifest(folder: Path) -> dict:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise Damaged(f"{path}: missing from the checkpoint; {advice}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Damaged(f"{path}: not readable ({error}); {advice}") from None
     missing = _MANIFEST_KEYS - set(manifest if isinstance(manifest, dict) else ())
     if missing:
         raise Damaged(f"{path}: it has no {', '.join(sorted(missing))}; {advice}")
-    names = [str(entry.get("file")) for entry in manifest["files"]] if isinstance(manifest["files"], list) else [""]
+    files = manifest["files"] if isinstance(manifest["files"], list) else [{}]
+    names = [str(entry.get("file", "")) if isinstance(entry, dict) else "" for entry in files]
     own = own_hash(manifest)
     if manifest.get("hash", own) != own or not all(name and name == Path(name).name for name in names):
         raise Damaged(f"{path}: edited or damaged, its hash is not that of what it says; {advice}")
@@ -193,7 +195,7 @@ def check_file(folder: Path, entry: dict) -> None:
         size = path.stat().st_size
     except FileNotFoundError:
         raise Damaged(f"{path}: missing from the checkpoint; go back to an older one") from None
-    if size != entry["bytes"] or sha256_of_file(path) != entry["sha256"]:
+    if size != entry.get("bytes") or sha256_of_file(path) != entry.get("sha256"):
         raise Damaged(f"{path}: damaged, its content is not what was saved; go back to an older checkpoint")
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +54,7 @@ class Saver:
         self.failures = 0  # in a row
         self._worker = ThreadPoolExecutor(1, "save")
         self._writing: Future[dict] | None = None
+        self._tidying: Future[None] | None = None  # the removal of old checkpoints, on rank 0
         own = sum(tensor.nbytes for tensors in state.by_kind().values() for tensor in tensors.values())
         total = torch.tensor(own, dtype=torch.int64, device=current_device())
         dist.all_reduce(total)
@@ -108,6 +109,9 @@ class Saver:
             shutil.rmtree(making, ignore_errors=True)
             making.mkdir(parents=True)
             free = shutil.disk_usage(making).free
+            if free < self.bytes and self._tidying is not None:
+                wait([self._tidying])
+                free = shutil.disk_usage(making).free
             if free < self.bytes:
                 making.rmdir()
                 mib = 1 << 20
@@ -132,7 +136,7 @@ class Saver:
         self.pending = self._writing = None
         self.failures = self.failures + 1 if error else 0
         if dist.get_rank() == 0:
-            self._worker.submit(_remove if error else self._prune, making)
+            self._tidying = self._worker.submit(_remove if error else self._prune, making)
         now = time.perf_counter()
         return Saved(folder_of_step(self.run, step), step, now - self._began, stall + now - begin, waited, error)
 

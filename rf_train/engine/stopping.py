@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -116,5 +116,6 @@ def _is_deepspeed(pid: int) -> bool:
 
 
 def _leave(message: str, code: int) -> None:
-    print(message, file=sys.stderr, flush=True)
+    with suppress(OSError):  # who read it is gone, as `tee` after Ctrl-C
+        print(message, file=sys.stderr, flush=True)
     os._exit(code)

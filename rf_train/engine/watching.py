@@ -67,14 +67,19 @@ class Watch:
         self.close()
         if self._asked(lambda store: store.add("failed", 1) > 1):
             return
-        print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):  # who read it is gone
+            print(text, file=sys.stderr, flush=True)
         if self._store is not None and self.ranks.rank == 0:
             time.sleep(2 * self.interval)  # the store ends with rank 0: peers hear of it first
 
     # ---- the threads
 
     def _watch(self) -> None:
+        looked = time.monotonic()
         while not self._ended.wait(self.interval):
+            now = time.monotonic()
+            if now - looked > 5 * self.interval:  # this process was suspended, and perhaps all of them
+                self._since = min(now, self._since + now - looked)
             if self._failed.is_set() and not self._ended.is_set():  # that rank has said why
                 os._exit(LEFT)
             for rank, pid in self._neighbours.items():
@@ -82,8 +87,12 @@ class Watch:
                     self._leave(f"rank {rank} (process {pid}) was killed, or ended without a word; all ranks leave")
             # Rank 0 says it, or leaves others the time to.
             turn = self.ranks.rank and 6 * self.interval + 2 * self.answer
-            if time.monotonic() - self._since > self._allowed + turn:
-                self._leave(self._hang())
+            since = self._since
+            if time.monotonic() - since > self._allowed + turn:
+                said = self._hang()
+                if self._since == since:  # there was no progress meanwhile
+                    self._leave(said)
+            looked = time.monotonic()
 
     def _exchange(self) -> None:
         """Tells the peers where this rank is, and hears whether one has failed."""

@@ -108,6 +108,14 @@ def test_pruning_keeps_what_latest_names_and_what_was_saved_after_going_back(tmp
     assert checkpoint.step_of(checkpoint.latest(run)) == 9
 
 
+def test_only_its_own_name_makes_a_folder_a_checkpoint(tmp_path):
+    """Others are not found under the name of their step."""
+    run = make_folders(tmp_path, 2)
+    for name in ("step-5", "step-0000000007", "step-²", "step-00000009.old", "step-"):
+        (run / "checkpoints" / name).mkdir()
+    assert checkpoint.steps_saved(run) == [2]
+
+
 # ---- the average
 
 

@@ -1,5 +1,6 @@
 """Restoring: the newest whole checkpoint is found without a person, and damage is named and set aside."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -40,6 +41,15 @@ def swap(one: Path, other: Path) -> None:
     aside.rename(other)
 
 
+def change_manifest(folder: Path, change) -> None:
+    """As an older version may have written it: without a hash."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    del manifest["hash"]
+    path.write_text(json.dumps(manifest))
+
+
 # A run with checkpoints 8, 10, 13, 19, 20, of which `latest` names 20, and what is done to it.
 DAMAGES = {
     "flipped": (lambda newest: flip(newest / "rank-00001.safetensors"), "rank-00001.safetensors: damaged"),
@@ -51,6 +61,15 @@ DAMAGES = {
     ),
     "no manifest": (lambda newest: (newest / "manifest.json").unlink(), "manifest.json: missing"),
     "manifest flipped": (lambda newest: flip(newest / "manifest.json"), "manifest.json: "),
+    "manifest nested": (lambda newest: (newest / "manifest.json").write_text("[" * 200_000), "manifest.json: "),
+    "manifest of words": (
+        lambda newest: change_manifest(newest, lambda manifest: manifest.update(files=["a", "b"])),
+        "manifest.json: ",
+    ),
+    "manifest without sizes": (
+        lambda newest: change_manifest(newest, lambda manifest: manifest["files"][0].pop("bytes")),
+        "rank-00000.safetensors: damaged",
+    ),
     "empty": (lambda newest: (shutil.rmtree(newest), newest.mkdir()), "manifest.json: missing"),
 }
 POINTERS = {"none": None, "empty": "", "nothing": "step-00000999", "not text": "\x00\xff", "back": "step-00000013"}

@@ -3,7 +3,9 @@
 import hashlib
 import os
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,3 +121,29 @@ def test_the_manifest_covers_its_own_numbers(tmp_path):
     folder.rename(folder.with_name("step-00000002"))
     with pytest.raises(checkpoint.Damaged, match=r"holds the checkpoint of step 1"):
         checkpoint.verified(folder.with_name("step-00000002"))
+
+
+def saves_while_an_old_one_is_removed(run: str) -> list[str]:
+    """There is space for the next checkpoint only when the oldest is gone."""
+    start_ranks()
+    saver, prune, removed = Saver(Path(run), State(1.0), keep=1, always=set()), saving.prune, threading.Event()
+
+    def slow(*arguments) -> None:
+        time.sleep(0.5)
+        prune(*arguments)
+        removed.set()
+
+    saving.prune = slow
+    saving.shutil.disk_usage = lambda path: SimpleNamespace(free=1 << 40 if removed.is_set() else 0)
+    saver.bytes, errors = 0, []
+    for step in (1, 2):
+        saver.begin(step)
+        errors.append(saver.finish().error)
+        saver.bytes = 1 << 30
+    saver.close()
+    return errors
+
+
+def test_a_removal_that_makes_space_is_waited_for(tmp_path):
+    """Else a signal during a save, on a disk with space for one more, would save nothing."""
+    assert run_distributed(saves_while_an_old_one_is_removed, 1, run=str(tmp_path)) == [["", ""]]

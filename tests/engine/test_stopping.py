@@ -118,3 +118,14 @@ def test_what_was_there_before_is_there_after():
     while threading.active_count() > threads and time.monotonic() < end:
         time.sleep(0.05)
     assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("what, code", [("starts", GO_ON), ("saves", INTERRUPTED)])
+def test_it_ends_also_when_nobody_reads_what_it_says(rank, what, code):
+    """As after Ctrl-C of `deepspeed ... 2>&1 | tee log`."""
+    process = rank(what, 60)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), process.stderr.fileno())  # closes the pipe's only reader
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.8)
+    assert process.wait(timeout=30) == code

@@ -13,7 +13,7 @@ from tests.distributed import PROJECT, free_port, rank_environment
 
 # A rank that waits for ever in a call which no error of a peer ends, as with NCCL.
 RANK = """
-import os, sys, time
+import os, signal, subprocess, sys, time
 import torch.distributed as dist
 from rf_train.engine.collectives import start_ranks
 from rf_train.engine.watching import Watch
@@ -31,6 +31,18 @@ if what == "rank 0 fails" and rank == 0:
 if what == "hang":
     watch.at("step 7" if rank == 1 else "step 8")
     time.sleep(60)
+if what in ("suspended", "slow"):
+    watch.at("step 0")
+    if what == "suspended":  # as Slurm and a user can do it to a whole job
+        subprocess.Popen(["sh", "-c", f"sleep 4; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(0.5)
+    else:
+        time.sleep(1.7)  # it is late, and moves on while the ranks are asked where they are
+    for step in range(1, 20):
+        watch.at(f"step {step}")
+        time.sleep(0.1)
+    what = "end"
 if what == "end":
     watch.at("step 1")
     watch.close()
@@ -106,8 +118,9 @@ def test_a_hang_is_named_and_ended(stop, words):
 
 
 @pytest.mark.slow
-def test_ranks_that_end_well_are_not_missed():
-    codes, said, _ = ranks("end")
+@pytest.mark.parametrize("what", ["end", "suspended", "slow"])
+def test_ranks_that_end_well_are_not_missed(what):
+    codes, said, _ = ranks(what)
     assert codes == [0, 0] and not any(map(own, said))
 
 
