@@ -151,6 +151,11 @@ class PartWriter:
         if len(self._shard) == self._limit:
             self._finish_shard([row.index, clip + 1])
 
+    @property
+    def room(self) -> int:
+        """Samples that the shard has room for."""
+        return self._limit - (len(self._shard) if self._shard is not None else 0)
+
     def end_video(self, dropped: float, failure: dict | None) -> None:
         """Notes what became of a video: seconds of its remainder, and why it failed if it did."""
         self._dropped += dropped
@@ -198,16 +203,23 @@ def stands_already(out: Path, record: dict, retry: bool = False) -> bool:
 
 def check_same_work(out: Path, record: dict, retry: bool) -> None:
     """Raises ValueError if the unfinished dataset in `out` is made with other settings or from another source."""
+    _check_same(out, read_work(out), record, retry)
+
+
+def read_work(out: Path) -> dict:
+    """The settings and the source of the unfinished dataset in `out`. Raises ValueError if they can't be read."""
     try:
         found = json.loads((out / WORK).read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{out / WORK}: not JSON ({error}); remove {out} and start again") from None
-    _check_same(out, found if isinstance(found, dict) else {}, record, retry)
+    return found if isinstance(found, dict) else {}
 
 
 def _check_same(out: Path, found: dict, record: dict, retry: bool) -> None:
     differ = [key for key in sorted({*record, *found}) if record.get(key) != found.get(key)]
     differ = [key for key in differ if not (retry and key == "source_sizes")]
+    if record.get("batch") == 0:  # whatever the first job has chosen
+        differ = [key for key in differ if key != "batch"]
     if differ:
         hashes = ("source", "source_sizes")
         changes = ", ".join(
