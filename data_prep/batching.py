@@ -17,7 +17,7 @@ from data_prep.codecs import Codec
 from data_prep.command import counted, one_line, printable
 from data_prep.decoder import DecodedVideo
 from data_prep.encode_settings import EncodeSettings
-from data_prep.sources import DUPLICATE, Row
+from data_prep.rows import DUPLICATE, Row
 from data_prep.video import Problem
 from data_prep.work import PartWriter
 

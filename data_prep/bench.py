@@ -44,7 +44,7 @@ def bench(options: argparse.Namespace) -> None:
         settings = replace(settings, batch=options.batch or batch_that_fits(codec, settings))
         draw(folder / "videos", DrawSettings(options.videos, options.frames * options.clips, size, FPS))
         rows = list_source(folder / "videos")
-        frames = np.stack(list(read_frames(rows[0].path, FPS, size))).reshape(options.clips, -1, *size, 3)
+        frames = np.stack(list(read_frames(rows[0].video, FPS, size))).reshape(options.clips, -1, *size, 3)
         seconds: dict[str, list[float]] = {"codec": [], "command": []}
         for turn in range(options.rounds + 1):
             work = Work(folder / f"data{turn}", rows, settings.videos_per_part)

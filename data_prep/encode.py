@@ -37,7 +37,8 @@ from data_prep.encode_settings import EncodeSettings, codec_record
 from data_prep.files import has_size, locked, write_json
 from data_prep.fitting import fit_codec
 from data_prep.geometry import parse_size
-from data_prep.sources import Row, list_source
+from data_prep.rows import Row
+from data_prep.sources import list_source
 from data_prep.survey import survey
 from data_prep.text import TextEncoder, open_text
 from data_prep.work import (
@@ -49,6 +50,7 @@ from data_prep.work import (
     discard,
     parse_job,
     read_work,
+    refuse_foreign,
     remove_leftovers,
     stands_already,
 )
@@ -67,7 +69,8 @@ def encode(
     codec = None if settings.codec == "default" else open_codec(settings.codec, settings.device, settings.precision)
     settings.validate(codec.geometry if codec else DefaultCodec.geometry)
     text = open_text(settings.text, settings.device)
-    rows = list_source(src)
+    refuse_foreign(out)
+    rows = list_source(src, out)
     record = settings.record(codec, text, rows)
     card = None if settings.buckets else card_of(out, record, retry)
     if card:

@@ -7,7 +7,7 @@ from data_prep.codecs import Codec
 from data_prep.cuts import THRESHOLD
 from data_prep.decoder_worker import Span
 from data_prep.geometry import LatentGeometry
-from data_prep.sources import Row, fingerprints
+from data_prep.rows import Row, fingerprints
 from data_prep.text import TextEncoder
 
 

@@ -23,10 +23,11 @@ from data_prep.card import CARD, card_hash, read_card
 from data_prep.default_codec import CODEC_FILE
 from data_prep.files import is_abandoned, write_atomic
 from data_prep.index import INDEX
+from data_prep.rows import DUPLICATE, Row, fingerprints
 from data_prep.shards import ShardWriter
-from data_prep.sources import DUPLICATE, Row, fingerprints
 
 WORK, LOCK, FAILURES = "work.json", "work.lock", "failures.jsonl"
+LISTING = "listing-"  # so begin the files of `tar_sources.py`
 
 
 class Place(NamedTuple):
@@ -192,13 +193,18 @@ def stands_already(out: Path, record: dict, retry: bool = False) -> bool:
     if (out / WORK).exists():
         check_same_work(out, record, retry)
         return False
+    refuse_foreign(out)
+    return False
+
+
+def refuse_foreign(out: Path) -> None:
+    """Raises ValueError if `out` holds anything but a dataset, finished or not."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file, expected a folder to write")
-    ours = (LOCK, WORK, CODEC_FILE)
+    ours = (LOCK, WORK, CODEC_FILE, CARD, LISTING)
     foreign = [name for name in sorted(os.listdir(out)) if not name.startswith(ours)] if out.is_dir() else []
-    if foreign and not (out / WORK).exists():  # another job may have begun meanwhile
+    if foreign and not ((out / WORK).exists() or (out / CARD).exists()):  # another job may have begun meanwhile
         raise ValueError(f"{out}: not empty and no dataset (it holds {foreign[0]}); choose another folder")
-    return False
 
 
 def check_same_work(out: Path, record: dict, retry: bool) -> None:
@@ -246,7 +252,7 @@ def clear(out: Path) -> None:
     remove_leftovers(out)
     for name in (CODEC_FILE, INDEX, FAILURES, WORK, LOCK):
         (out / name).unlink(missing_ok=True)
-    for path in (*out.glob("shard-*"), *out.glob("survey-*")):
+    for path in (*out.glob("shard-*"), *out.glob("survey-*"), *out.glob(f"{LISTING}*")):
         path.unlink(missing_ok=True)
 
 
