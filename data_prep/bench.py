@@ -10,16 +10,18 @@ import json
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 
+from data_prep.batching import Tally, batch_that_fits
 from data_prep.codecs import Codec, open_codec
 from data_prep.command import run_command
 from data_prep.draw import DrawSettings, draw
 from data_prep.encode import default_workers
-from data_prep.encode_parts import Tally, encode_parts
+from data_prep.encode_parts import encode_parts
 from data_prep.encode_settings import EncodeSettings
 from data_prep.geometry import parse_size
 from data_prep.sources import list_source
@@ -39,9 +41,10 @@ def bench(options: argparse.Namespace) -> None:
         codec, text = open_codec(spec, options.device), open_text("default")
         settings = EncodeSettings(FPS, size, options.frames, spec, device=options.device, workers=options.workers)
         settings.validate(codec.geometry)
+        settings = replace(settings, batch=options.batch or batch_that_fits(codec, settings))
         draw(folder / "videos", DrawSettings(options.videos, options.frames * options.clips, size, FPS))
         rows = list_source(folder / "videos")
-        frames = np.stack(list(read_frames(rows[0].path, FPS, size))).reshape(options.clips, -1, *size, 3)
+        frames = np.stack(list(read_frames(rows[0].video, FPS, size))).reshape(options.clips, -1, *size, 3)
         seconds: dict[str, list[float]] = {"codec": [], "command": []}
         for turn in range(options.rounds + 1):
             work = Work(folder / f"data{turn}", rows, settings.videos_per_part)
@@ -49,25 +52,26 @@ def bench(options: argparse.Namespace) -> None:
             begin = time.perf_counter()
             encode_parts(work, range(work.parts), codec, text, settings, Tally(options.videos))
             middle = time.perf_counter()
-            encode_alone(codec, frames, options.videos)
+            encode_alone(codec, frames, options.videos, settings.batch)
             if turn:
                 seconds["command"].append(middle - begin)
                 seconds["codec"].append(time.perf_counter() - middle)
     clips = options.videos * options.clips
     rate = {name: clips / median(values) for name, values in seconds.items()}
     ratio = rate["command"] / rate["codec"]
-    print(f"{clips} clips of {options.frames} frames of {options.size}, {options.workers} decoding processes")
+    what = f"{clips} clips of {options.frames} frames of {options.size}"
+    print(f"{what}, {settings.batch} at once, {options.workers} decoding processes")
     print(f"  the codec alone, from memory  {rate['codec']:8.2f} clips/s")
     print(f"  the command, from mp4 files   {rate['command']:8.2f} clips/s, {ratio:.2f} x as many")
-    figures = {"bench": "encode", "device": options.device, "workers": options.workers, "rate_over_codec": ratio}
-    print(json.dumps({**figures, "clips_per_s": rate["command"]}))
+    figures = {"bench": "encode", "device": options.device, "workers": options.workers, "batch": settings.batch}
+    print(json.dumps({**figures, "rate_over_codec": ratio, "clips_per_s": rate["command"]}))
 
 
-def encode_alone(codec: Codec, clips: np.ndarray, times: int) -> None:
-    """Encodes clips, uint8 [N, T, H, W, 3], so many times."""
-    for _ in range(times):
-        for clip in clips:
-            codec.encode(clip)
+def encode_alone(codec: Codec, clips: np.ndarray, times: int, batch: int) -> None:
+    """Encodes clips, uint8 [N, T, H, W, 3], so many times, in batches."""
+    numbers = np.arange(times * len(clips)) % len(clips)
+    for begin in range(0, len(numbers), batch):
+        codec.encode_batch(clips[numbers[begin : begin + batch]])
 
 
 def random_vae(folder: Path) -> Path:
@@ -86,12 +90,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--videos", type=int, default=4)
     parser.add_argument("--clips", type=int, default=4, help="clips per video")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, help="clips encoded at once (default: what fits on a GPU; 1 on a CPU)")
     parser.add_argument("--workers", type=int, default=default_workers())
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options = parser.parse_args(arguments)
     for name in ("videos", "clips", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
+    if options.batch is not None and options.batch < 1:
+        parser.error(f"--batch {options.batch}: must be at least 1")
     return run_command(lambda: bench(options))
 
 

@@ -29,9 +29,13 @@ class Codec(Protocol):
     settings: dict
     hash: str  # sha256 of weights and settings
     folder: str | None  # where the weights are; None: in the dataset itself
+    device: torch.device  # that it works on
 
     def encode(self, frames: np.ndarray) -> np.ndarray:
         """uint8 [T, H, W, 3] -> normalised float32 [C, 1 + (T - 1) / s_t, H / s_h, W / s_w]."""
+
+    def encode_batch(self, clips: np.ndarray) -> np.ndarray:
+        """As `encode`, of B clips of one size: uint8 [B, T, H, W, 3] -> float32 [B, C, ...]. No clip sees another."""
 
     def decode(self, latent: np.ndarray | Tensor) -> np.ndarray:
         """Normalised float [C, T, H, W] -> uint8 [1 + s_t (T - 1), s_h H, s_w W, 3]."""

@@ -4,19 +4,22 @@ A file that crashes FFmpeg, hangs it, or makes it eat memory ends one worker, an
 caller's side; `decoder_worker.py` is a worker.
 """
 
+import contextlib
 import json
 import os
 import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.decoder_process import MODULE, WorkerProcess
 from data_prep.decoder_worker import Span, in_words
+from data_prep.places import RemoteError
+from data_prep.tars import Region, opened_here
 from data_prep.video import Problem
 
 STARTS = 3  # so many workers may fail to start in a row
@@ -45,9 +48,11 @@ class DecodedVideo:
         self._ended = False  # no clip comes after those in _clips
         self._dropped = False  # the consumer wants no more
 
-    def _request(self) -> bytes:
-        """What a worker is asked for: the clips that no worker has given yet."""
-        entry = asdict(self.span) | {"path": os.fspath(Path(self.span.path).absolute())}
+    def _request(self, local: Path | Region) -> bytes:
+        """What a worker is asked for: the clips that no worker has given yet. `local`: where the video is here."""
+        path, region = (local.path, (local.offset, local.size)) if isinstance(local, Region) else (local, None)
+        assert isinstance(path, Path)
+        entry = asdict(replace(self.span, path=path, region=region)) | {"path": os.fspath(path.absolute())}
         entry["skip"] += self._passed
         if entry["clips"] is not None:
             entry["clips"] -= self._passed
@@ -74,7 +79,7 @@ class DecodedVideo:
                 return clip
             if self._ended:
                 raise StopIteration
-            raise RuntimeError(worker.error or "the decoders are closed")
+            raise worker.error or RuntimeError("the decoders are closed")
 
 
 class Decoders:
@@ -95,6 +100,9 @@ class Decoders:
     video with a `Problem`. A new one takes over. Time in which the worker waits for the consumer does not count. A
     worker that was killed (SIGKILL) may have died of what others did, such as filling the machine's memory. So the new
     one goes on with the same video, once.
+
+    A remote video is copied here first, into a file without a name in the folder for temporary files. It waits for a
+    server that is away, and this does not count as time of the decoder.
 
     Leaving the `with` block kills the workers, whatever they do. They also end if this process dies.
     """
@@ -125,7 +133,8 @@ class Decoders:
         Taking the next one drops what is left of the one before. So does closing the iterator, and so does another
         call of `videos`, for everything that this one still has. The clips are those of `read_frames`, byte for byte.
 
-        Raises RuntimeError, one line, if workers do not start.
+        Raises RuntimeError, one line, if workers do not start; RemoteError, when a server stays away; OSError, when
+        there is no room for the copy of a remote video.
         """
         self._drop_pending()
         pending = self._pending = deque()
@@ -162,6 +171,14 @@ class _Dropped(Exception):
     """The consumer wants no more clips of this video."""
 
 
+class _NotReadable(Exception):
+    """A remote video can't be copied."""
+
+    def __init__(self, problem: Problem):
+        super().__init__()
+        self.problem = problem
+
+
 class _Worker:
     """A worker process, its successors, and the thread that passes them spans and collects their clips."""
 
@@ -176,7 +193,8 @@ class _Worker:
         self.current: DecodedVideo | None = None
         self.held = 0  # clips in this process that the consumer has not taken
         self.closing = False
-        self.error: str | None = None  # why this worker can't go on
+        self.error: Exception | None = None  # why this worker can't go on
+        self.copying = False  # a remote video; it may be waiting for its server
 
     # Called by the consumer's thread
 
@@ -210,9 +228,9 @@ class _Worker:
             self.changed.notify_all()
 
     def join(self) -> None:
-        """Waits until process and thread have ended. A process that the kernel can't end is not waited for."""
+        """Waits until process and thread have ended, but not for the kernel or a server."""
         if self.thread.ident is not None:
-            self.thread.join(timeout=10)
+            self.thread.join(timeout=0.1 if self.copying else 10)
 
     def _kill(self) -> None:
         if self.process is not None:
@@ -226,7 +244,8 @@ class _Worker:
                 self._decode(video)
         except Exception as error:
             with self.changed:
-                self.error = in_words(error) if not isinstance(error, RuntimeError) else str(error)
+                known = isinstance(error, RuntimeError | RemoteError) or getattr(error, "filename", None) is not None
+                self.error = error if known else RuntimeError(in_words(error))
                 self.changed.notify_all()
         finally:
             self._stop()
@@ -242,12 +261,15 @@ class _Worker:
                     self.current = video
                     return video
 
-    def _collect(self, video: DecodedVideo) -> dict:
-        """Passes on the clips of a video. Returns the worker's last message. Raises EOFError when the worker dies."""
+    def _collect(self, video: DecodedVideo, local: Path | Region) -> dict:
+        """Passes on the clips of a video. Returns the worker's last message. Raises EOFError when the worker dies.
+
+        `local`: where the video is here.
+        """
         for tries in (1, 2):
             process = self._running()
             try:
-                process.send(video._request())
+                process.send(video._request(local))
                 while "left" not in (message := process.message(self.seconds)):
                     if message["clip"]:
                         self._wait_for_room(video)
@@ -265,10 +287,11 @@ class _Worker:
         """Has the process decode a video, and passes on its clips. All that goes wrong with it ends only this video."""
         problem, left, room, stop = None, 0, 0.0, False
         try:
-            if self.process is None or self.process.has_ended:  # dead without work: no video's fault
-                self._stop()
-                self._start(video)
-            message = self._collect(video)
+            with self._here(video) as local:
+                if self.process is None or self.process.has_ended:  # dead without work: no video's fault
+                    self._stop()
+                    self._start(video)
+                message = self._collect(video, local)
             left, room = int(message["left"]), float(message["room"])
             if message.get("picture") is not None:
                 height, width = message["picture"]
@@ -278,6 +301,10 @@ class _Worker:
                 stop = problem.reason == "too large"  # what it still holds is not known
         except _Dropped:
             stop = True
+        except _NotReadable as error:
+            problem = error.problem
+        except RemoteError:  # the server stays away: no video's fault
+            raise
         except TimeoutError:
             problem, stop = Problem("undecodable", f"no clip within {self.seconds:g} s"), True
         except EOFError:
@@ -292,6 +319,28 @@ class _Worker:
             stop |= video._dropped  # then drop() has killed the process
         if stop:
             self._stop()
+
+    @contextlib.contextmanager
+    def _here(self, video: DecodedVideo) -> Iterator[Path | Region]:
+        """The video as a local one. Raises _NotReadable if a remote one is not as its list says."""
+
+        def go_on() -> None:
+            if video._dropped or self.closing:
+                raise _Dropped
+
+        copy = contextlib.ExitStack()
+        self.copying = True
+        try:
+            local = copy.enter_context(opened_here(video.span.video, go_on))
+        except OSError as error:
+            if error.filename:  # of the copy
+                raise
+            reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+            raise _NotReadable(Problem(reason, error.strerror or str(error))) from None
+        finally:
+            self.copying = False
+        with copy:
+            yield local
 
     def _wait_for_room(self, video: DecodedVideo) -> None:
         """Waits until one more clip may be in this process. Another is finished by then, in the worker."""

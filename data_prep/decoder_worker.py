@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_prep.cuts import frames_of_cuts, mark_cuts
+from data_prep.places import Place
 from data_prep.tars import Region
 from data_prep.video import Problem, VideoError, declared_seconds, picture_size, read_frames
 
@@ -33,7 +34,7 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 class Span:
     """The part of a video to decode, as `read_frames` takes it, and how to cut it into clips."""
 
-    path: Path
+    path: Place
     fps: float
     size: tuple[int, int]  # (height, width) in pixels
     frames: int  # frames of a clip
@@ -58,8 +59,11 @@ class Span:
 
     @property
     def video(self) -> Path | Region:
-        """What `read_frames` reads."""
-        return Region(self.path, *self.region) if self.region else self.path
+        """What `read_frames` reads, if it is local."""
+        if self.region:
+            return Region(self.path, *self.region)
+        assert isinstance(self.path, Path)  # only shards are remote
+        return self.path
 
 
 def serve(requests: BinaryIO, answers: BinaryIO, memory_gib: float) -> None:

@@ -54,6 +54,7 @@ class DefaultCodec:
     name = "default"
     geometry = WAN_2_1
     folder: str | None = None
+    device = torch.device("cpu")
 
     def __init__(self, tensors: Tensors, settings: dict):
         self._tensors = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
@@ -150,6 +151,10 @@ class DefaultCodec:
             z = (_to_blocks(part)[0] @ basis - self._tensors["latent_mean"]) / self._tensors["latent_std"]
             latent[:, k] = z.permute(2, 0, 1).numpy()
         return latent
+
+    def encode_batch(self, clips: np.ndarray) -> np.ndarray:
+        """See `Codec.encode_batch`. One clip after another, so that the bits are those of `encode`."""
+        return np.stack([self.encode(clip) for clip in clips])
 
     def decode(self, latent: np.ndarray | Tensor) -> np.ndarray:
         """float [16, T, H, W] -> uint8 [1 + 4 (T - 1), 8 H, 8 W, 3]."""

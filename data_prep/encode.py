@@ -18,24 +18,27 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from data_prep.batching import Tally, batch_that_fits
 from data_prep.buckets import mixture, parse_buckets, size_name
-from data_prep.card import read_card
+from data_prep.card import CARD, read_card
 from data_prep.codecs import Codec, open_codec
 from data_prep.command import GOES_ON, counted, run_command
 from data_prep.cuts import THRESHOLD
 from data_prep.default_codec import CODEC_FILE, DefaultCodec
-from data_prep.encode_parts import NoClip, Tally, encode_parts, finish
+from data_prep.encode_parts import NoClip, encode_parts, finish
 from data_prep.encode_settings import EncodeSettings, codec_record
 from data_prep.files import has_size, locked, write_json
 from data_prep.fitting import fit_codec
 from data_prep.geometry import parse_size
-from data_prep.sources import Row, list_source
+from data_prep.rows import Row
+from data_prep.sources import list_source
 from data_prep.survey import survey
 from data_prep.text import TextEncoder, open_text
 from data_prep.work import (
@@ -46,6 +49,8 @@ from data_prep.work import (
     clear,
     discard,
     parse_job,
+    read_work,
+    refuse_foreign,
     remove_leftovers,
     stands_already,
 )
@@ -64,7 +69,8 @@ def encode(
     codec = None if settings.codec == "default" else open_codec(settings.codec, settings.device, settings.precision)
     settings.validate(codec.geometry if codec else DefaultCodec.geometry)
     text = open_text(settings.text, settings.device)
-    rows = list_source(src)
+    refuse_foreign(out)
+    rows = list_source(src, out)
     record = settings.record(codec, text, rows)
     card = None if settings.buckets else card_of(out, record, retry)
     if card:
@@ -72,7 +78,7 @@ def encode(
     if settings.buckets:
         stands_already(out, record, retry)
     try:
-        with begun(out, record, retry):
+        with begun(out, record, retry, None if settings.buckets else lambda: batch_that_fits(codec, settings)) as kept:
             rows = survey(out, rows, settings.buckets, settings.drop_duplicates, settings.workers, retry)
             codec = kept_codec(out, codec, rows, settings, src)
         bare = sum(not row.caption for row in rows)
@@ -82,7 +88,8 @@ def encode(
         if settings.buckets:
             return encode_buckets(src, out, rows, record, codec, text, settings, job, retry)
         work = Work(out, rows, settings.videos_per_part)
-        card = encode_work(work, record, codec, text, settings, src, job, retry, Tally(videos_of(work, job)))
+        settings = replace(settings, batch=kept.get("batch", 1))
+        card = encode_work(work, kept, codec, text, settings, src, job, retry, Tally(videos_of(work, job)))
     except NoClip:
         clear(out)
         raise
@@ -114,11 +121,12 @@ def encode_buckets(
         own_record = {**record, "codec": codec_record(codec), "height": bucket[0], "width": bucket[1]}
         card = card_of(folder, own_record, retry)
         if card is None:
-            with begun(folder, own_record, retry):
+            with begun(folder, own_record, retry, partial(batch_that_fits, codec, own)) as kept:
                 kept_codec(folder, codec, members, own, src)
+            own = replace(own, batch=kept.get("batch", 1))
             work = Work(folder, members, settings.videos_per_part, len(rows))
             try:
-                card = encode_work(work, own_record, codec, text, own, src, job, retry, tally)
+                card = encode_work(work, kept, codec, text, own, src, job, retry, tally)
             except NoClip as error:
                 problem = NoClip(f"{folder}: {error}")
                 print(problem, file=sys.stderr)
@@ -152,17 +160,29 @@ def card_of(out: Path, record: dict, retry: bool) -> dict | None:
 
 
 @contextlib.contextmanager
-def begun(out: Path, record: dict, retry: bool) -> Iterator[None]:
+def begun(out: Path, record: dict, retry: bool, choose: Callable[[], int] | None = None) -> Iterator[dict]:
     """Writes what is made into the folder, or checks that it is the same. Inside, other jobs on the folder wait.
 
-    Raises ValueError if the folder holds other work.
+    Gives the record that is kept there: if it asks for batches of a size that fits, with the one that the first job
+    chooses; without `choose` there are none. Raises ValueError if the folder holds other work.
     """
     with locked(out / LOCK, lambda: print(f"{out}: waiting for the job that starts this dataset", file=sys.stderr)):
-        if (out / WORK).exists():
+        begins, batch = not (out / WORK).exists(), record.get("batch", 1)
+        if not begins:
             check_same_work(out, record, retry)
-        if retry or not (out / WORK).exists():
-            write_json(out / WORK, record)
-        yield
+        if batch == 0:
+            found = (
+                read_work(out)
+                if not begins
+                else read_card(out)["source"]["settings"]
+                if (out / CARD).exists()
+                else None
+            )
+            batch = found.get("batch", 1) if found is not None else choose() if choose else 1
+        kept = {key: value for key, value in record.items() if key != "batch"} | ({"batch": batch} if batch > 1 else {})
+        if retry or begins:
+            write_json(out / WORK, kept)
+        yield kept
 
 
 def kept_codec(out: Path, codec: Codec | None, rows: list[Row], settings: EncodeSettings, src: str | Path) -> Codec:
@@ -243,6 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--workers", type=int, default=default_workers(), help="processes that decode (default %(default)s)"
     )
+    parser.add_argument("--batch", type=int, help="clips encoded at once (default: what fits on a GPU; 1 on a CPU)")
     parser.add_argument("--max-failures", type=float, default=1.0, help="share of the job's videos (default 1)")
     parser.add_argument("--retry", action="store_true", help="try again what failed")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the Wan VAE")
@@ -259,6 +280,8 @@ def encode_as_asked(options: argparse.Namespace) -> None:
     device = ("cuda" if cuda else "cpu") if options.device == "auto" else options.device
     if options.size and options.buckets:
         raise ValueError("--size and --buckets: give one of them; a bucket is a size")
+    if options.batch is not None and options.batch < 1:
+        raise ValueError(f"batch {options.batch}: must be at least 1")
     buckets = parse_buckets(options.buckets) if options.buckets else ()
     settings = EncodeSettings(
         fps=options.fps,
@@ -273,6 +296,7 @@ def encode_as_asked(options: argparse.Namespace) -> None:
         buckets=buckets,
         cuts=options.cuts,
         drop_duplicates=options.drop_duplicates,
+        batch=options.batch or 0,
         device=device,
         workers=options.workers,
         max_failures=options.max_failures,

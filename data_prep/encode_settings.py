@@ -7,7 +7,7 @@ from data_prep.codecs import Codec
 from data_prep.cuts import THRESHOLD
 from data_prep.decoder_worker import Span
 from data_prep.geometry import LatentGeometry
-from data_prep.sources import Row, fingerprints
+from data_prep.rows import Row, fingerprints
 from data_prep.text import TextEncoder
 
 
@@ -28,6 +28,8 @@ class EncodeSettings:
     cuts: float = 0.0  # threshold of the detector of scene cuts, see `cuts.py`; 0: there is none
     drop_duplicates: bool = False  # videos with the same bytes and span are left out but for the first
 
+    batch: int = 1  # clips that are encoded at once, see `batching.py`; 0: what fits, which the first job finds out
+
     # These don't change the dataset.
     device: str = "cpu"
     workers: int = 1  # processes that decode
@@ -47,6 +49,8 @@ class EncodeSettings:
         for name in ("samples_per_shard", "videos_per_part", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', ' ')} must be at least 1, not {getattr(self, name)}")
+        if self.batch < 0:
+            raise ValueError(f"batch {self.batch}: must be at least 1")
         if not 0 <= self.max_failures <= 1:
             raise ValueError(f"max failures {self.max_failures}: a share, from 0 to 1")
 
@@ -68,6 +72,7 @@ class EncodeSettings:
         chosen: dict = {"buckets": ",".join(map(size_name, self.buckets))} if self.buckets else {}
         chosen |= {"cuts": self.cuts} if self.cuts else {}
         chosen |= {"drop_duplicates": True} if self.drop_duplicates else {}
+        chosen |= {"batch": self.batch} if self.batch != 1 else {}
         return {
             "fps": self.whole_fps,
             "height": self.size[0],

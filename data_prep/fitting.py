@@ -15,7 +15,7 @@ from data_prep.decoder import Decoders
 from data_prep.default_codec import FIT_CLIPS, DefaultCodec
 from data_prep.encode_parts import NoClip, no_clip
 from data_prep.encode_settings import EncodeSettings, span_of
-from data_prep.sources import Row
+from data_prep.rows import Row
 
 FIT_FRAMES = 17  # at most this many frames per clip of the fit, if pictures are larger than FIT_SIDE x FIT_SIDE
 FIT_SIDE = 128

@@ -4,7 +4,6 @@ A local place is a `pathlib.Path`, and is read with plain `open`. A `Remote` is 
 parts are imported only then. A server that is away is waited for; a file that is missing is an error at once.
 """
 
-import asyncio
 import errno
 import hashlib
 import importlib.util
@@ -18,8 +17,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
-
-from tqdm import tqdm
 
 from data_prep.files import locked, write_atomic
 
@@ -245,26 +242,41 @@ class _Away(Exception):
     """A server is not reachable, slow or in trouble: waiting may help."""
 
 
+def size_and_version(place: Remote) -> tuple[int, str]:
+    """The bytes of a remote file, and what its server calls this version of it; "" if nothing. Raises as `read_range`.
+
+    Of HTTP it asks for the first byte: the answer says how many there are.
+    """
+    found = _patiently(place, lambda filesystem: _size_and_version(filesystem, place))
+    return (0, "") if found is None else found
+
+
 def _ask(place: Remote, offset: int, size: int | None) -> bytes:
     """A range of a remote file, or the whole file (size None). Waits for a server that is away."""
+    data = _patiently(place, lambda filesystem: _request(filesystem, place, offset, size))
+    if data is not None and size is not None and len(data) > size:
+        raise RemoteError(f"{place.host} does not answer range requests, {place} can't be read by samples")
+    return data or b""
+
+
+def _patiently(place: Remote, request: Callable[[Any], Any]) -> Any:
+    """What a request gives, None if the file ends before. Waits for a server that is away."""
     filesystem = _filesystem(place.scheme, os.getpid())
     began, pause = None, 1.0
     while True:
         asked = time.monotonic()
         try:
-            data = _request(filesystem, place, offset, size)
+            answer = request(filesystem)
         except Exception as error:
             meaning = _meaning(error, place)
             if not isinstance(meaning, _Away):
                 _is_back(place.host, asked)
                 if meaning is None:  # the file ends before the range
-                    return b""
+                    return None
                 raise meaning from None
         else:
             _is_back(place.host, asked)
-            if size is not None and len(data) > size:
-                raise RemoteError(f"{place.host} does not answer range requests, {place} can't be read by samples")
-            return data
+            return answer
         _is_away(place.host, asked, str(meaning))
         now = time.monotonic()
         began = now if began is None else began
@@ -280,7 +292,7 @@ def _is_away(host: str, asked: float, reason: str) -> None:
     if asked >= _answered.get(host, 0.0):
         now = time.monotonic()
         if _away_since.setdefault(host, now) is now:
-            tqdm.write(f"{host}: not reachable ({reason}); trying again", file=sys.stderr)
+            _say(f"{host}: not reachable ({reason}); trying again")
 
 
 def _is_back(host: str, asked: float) -> None:
@@ -288,7 +300,13 @@ def _is_back(host: str, asked: float) -> None:
     _answered[host] = max(asked, _answered.get(host, 0.0))
     since = _away_since.get(host)
     if since is not None and asked >= since and _away_since.pop(host, None) is not None:
-        tqdm.write(f"{host}: back after {time.monotonic() - since:.0f} s", file=sys.stderr)
+        _say(f"{host}: back after {time.monotonic() - since:.0f} s")
+
+
+def _say(line: str) -> None:
+    from tqdm import tqdm  # here, since decoding processes import this module and need to start fast
+
+    tqdm.write(line, file=sys.stderr)
 
 
 @cache
@@ -321,13 +339,29 @@ def _request(filesystem: Any, place: Remote, offset: int, size: int | None) -> b
     if size == 0:
         return b""
     if place.scheme.startswith("http"):
-        return sync(filesystem.loop, _http, filesystem, str(place), offset, end, timeout=LONGEST)
+        return sync(filesystem.loop, _http, filesystem, str(place), offset, end, timeout=LONGEST)[0]
     start = None if end is None else offset
     return sync(filesystem.loop, filesystem._cat_file, place.path, start=start, end=end, timeout=LONGEST)
 
 
-async def _http(filesystem: Any, address: str, offset: int, end: int | None) -> bytes:
-    """One HTTP request. fsspec's own reads a whole file before it looks at the status."""
+def _size_and_version(filesystem: Any, place: Remote) -> tuple[int, str]:
+    """One request for the size and the version of a file. Raises what the library raises."""
+    from fsspec.asyn import sync
+
+    if not place.scheme.startswith("http"):
+        info = sync(filesystem.loop, filesystem._info, place.path, timeout=LONGEST)
+        if info.get("type") == "directory":
+            raise FileNotFoundError
+        return int(info["size"]), str(info.get("ETag") or info.get("etag") or "")
+    _, headers = sync(filesystem.loop, _http, filesystem, str(place), 0, 1, timeout=LONGEST)
+    total = re.fullmatch(r"bytes 0-0/(\d+)", headers.get("Content-Range", ""))
+    if total is None:
+        raise RemoteError(f"{place.host} does not say how large {place} is (Content-Range)")
+    return int(total[1]), headers.get("ETag", "")
+
+
+async def _http(filesystem: Any, address: str, offset: int, end: int | None) -> tuple[bytes, Any]:
+    """One HTTP request: the data and the headers. fsspec's own reads a whole file before it looks at the status."""
     headers = {"Accept-Encoding": "identity"}
     if end is not None:
         headers["Range"] = f"bytes={offset}-{end - 1}"
@@ -337,11 +371,13 @@ async def _http(filesystem: Any, address: str, offset: int, end: int | None) -> 
             raise _WholeFile
         if answer.status not in (200, 206):
             raise _Status(answer.status)
-        return await answer.read()
+        return await answer.read(), answer.headers
 
 
 def _meaning(error: Exception, place: Remote) -> Exception | None:
     """What an error of a request means for a reader. None: the file ends before the range."""
+    import asyncio  # here, as tqdm
+
     status, names = _status_of(error), {cls.__name__ for cls in type(error).__mro__}
     if isinstance(error, RemoteError):
         return error

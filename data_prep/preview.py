@@ -28,8 +28,10 @@ from data_prep.files import write_atomic
 from data_prep.index import SampleIndex
 from data_prep.pages import html_page
 from data_prep.places import local_folder
+from data_prep.rows import Row
 from data_prep.shards import Sample, SampleError, caption_of, read_sample, span_of
-from data_prep.sources import Row, list_source
+from data_prep.sources import list_source
+from data_prep.tars import opened_here
 from data_prep.video import read_frames, write_video
 
 Videos = dict[str, Row]  # of a source, by the name that samples have of them
@@ -145,8 +147,9 @@ def read_original(sample: Sample, card: dict, videos: Videos) -> np.ndarray:
     row = videos.get(source)
     if row is None:
         raise ValueError(f"{source}: not one of the videos of --source")
-    frames = read_frames(row.video, video["fps"], (video["height"], video["width"]), start)
-    found = list(itertools.islice(frames, video["frames"]))
+    with opened_here(row.video) as here:
+        frames = read_frames(here, video["fps"], (video["height"], video["width"]), start)
+        found = list(itertools.islice(frames, video["frames"]))
     if len(found) < video["frames"]:
         raise ValueError(f"{source}: {len(found)} frames from {start:.2f} s on, the clip has {video['frames']}")
     return np.stack(found)

@@ -1,22 +1,22 @@
-"""All samples of a dataset, one after another, by webdataset."""
+"""All samples of a dataset, or of a shard, one after another, by webdataset."""
 
 import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlparse
+from typing import Any
 
-import webdataset
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from data_prep.card import check_sample
-from data_prep.shards import Sample, SampleError, npy_array, text_members
+from data_prep.places import Place, RemoteError
+from data_prep.shards import MEMBERS, Sample, SampleError, npy_array, text_members
 
 
 def stream_samples(folder: str | Path, card: dict) -> Iterator[tuple[str, Sample]]:
     """Yields (key in its shard, sample), in the order of the card's shards. Shapes and values fit the card.
 
-    Shards are read once, from begin to end. Nothing is unpickled: webdataset's own `decode()` would do so with members
-    of other names, and here only those of a sample are looked at. Hashes are not checked.
+    Shards are read once, from begin to end. Hashes are not checked.
 
     Raises SampleError for a shard that is missing or broken, and for the first sample that does not fit the card.
     """
@@ -24,25 +24,36 @@ def stream_samples(folder: str | Path, card: dict) -> Iterator[tuple[str, Sample
         path, count = Path(folder).absolute() / shard["file"], 0
         if not path.is_file():
             raise SampleError(str(path), "missing", "the card names it")
-        if urlparse(str(path)).path != str(path):
-            raise SampleError(
-                str(path), "unreadable", "webdataset takes paths for addresses: rename, or link, the folder"
-            )
-        # Neither a node nor a worker takes a share: whoever asks gets all samples. A list is not searched for braces.
-        stream = webdataset.WebDataset([str(path)], shardshuffle=False, nodesplitter=None, workersplitter=None)
-        try:
-            for members in stream:
-                where = f"{path}: {members['__key__']}"
-                sample = _sample(members, where)
-                check_sample(card, where, sample)
-                yield members["__key__"], sample
+        with open(path, "rb") as file:
+            for found in stream_shard(file, path, card):
+                yield found
                 count += 1
-        except SampleError:
-            raise
-        except (tarfile.TarError, EOFError, ValueError) as error:  # webdataset's own have more arguments than the text
-            raise SampleError(str(path), "malformed", str(error.args[0] if error.args else error)) from None
         if count != shard["samples"]:
             raise SampleError(str(path), "malformed", f"{count} samples, the card says {shard['samples']}")
+
+
+def stream_shard(file: Any, path: Place, card: dict, exact: bool = False) -> Iterator[tuple[str, Sample]]:
+    """Yields (key, sample) of a shard from `file`, of which only `read` is called. Shapes and values fit the card.
+
+    `exact`: a sample with further members is malformed. Nothing is unpickled: webdataset's own `decode()` would do so
+    with members of other names, and here only those of a sample are looked at. The shard is opened by the caller, since
+    webdataset takes paths for addresses and commands.
+
+    Raises SampleError when the shard is broken, and for the first sample that does not fit the card; and what `read`
+    raises.
+    """
+    try:
+        for members in group_by_keys(tar_file_expander([{"url": str(path), "stream": file}])):
+            where = f"{path}: {members['__key__']}"
+            sample = _sample(members, where)
+            check_sample(card, where, sample)
+            if exact and len(members) != len(MEMBERS) + len(sample.texts) + 1:  # with its key and the shard's path
+                raise SampleError(where, "malformed", f"it holds {', '.join(members)}")
+            yield members["__key__"], sample
+    except (SampleError, RemoteError):
+        raise
+    except (tarfile.TarError, EOFError, ValueError) as error:  # webdataset's own have more arguments than the text
+        raise SampleError(str(path), "malformed", str(error.args[0] if error.args else error)) from None
 
 
 def _sample(members: dict, where: str) -> Sample:

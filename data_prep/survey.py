@@ -22,15 +22,15 @@ from data_prep.card import card_hash
 from data_prep.decoder import Decoders
 from data_prep.decoder_worker import Span
 from data_prep.files import write_atomic
-from data_prep.sources import DUPLICATE, Row, bytes_of
+from data_prep.places import Place, pieces
+from data_prep.rows import DUPLICATE, Row, bytes_of
 from data_prep.tars import Region
 from data_prep.video import Problem
 
 PIECE = 1024  # videos
-READ = 1 << 20  # bytes that are hashed at once
 
 
-File = tuple[Path, tuple[int, int] | None]  # a row's path and region
+File = tuple[Place, tuple[int, int] | None]  # a row's path and region
 
 
 class Fact(NamedTuple):
@@ -119,9 +119,8 @@ def hashes(rows: list[Row], workers: int) -> list[dict]:
     def one(row: Row) -> dict:
         digest = hashlib.sha256()
         try:
-            with row.video.open() if isinstance(row.video, Region) else open(row.video, "rb") as file:
-                while piece := file.read(READ):
-                    digest.update(piece)
+            for piece in row.video.pieces() if isinstance(row.video, Region) else pieces(row.video):
+                digest.update(piece)
         except FileNotFoundError:
             return {"problem": Problem("missing", "")}
         except OSError as error:

@@ -1,15 +1,22 @@
 """Videos in tar files, read where they lie: the members of a tar by its headers, and a part of a file as a file.
 
-Nothing is extracted. Listing a tar reads its headers only, and skips the data.
+Nothing is extracted. Listing a tar reads its headers and texts only, and skips the rest. Tars can be remote; then
+whoever decodes a video copies it first.
 """
 
+import contextlib
 import io
 import os
 import tarfile
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.places import PIECE, Place, Remote, RemoteError, read_range, size_and_version
+
+BLOCK = 64 << 10  # bytes that are read of a remote tar at once while it is listed
+LARGEST_TEXT = 1 << 20  # bytes of a caption or JSON
 LARGEST_HEADER = 1 << 20  # bytes of an extended header, such as a long name
 
 
@@ -17,7 +24,7 @@ LARGEST_HEADER = 1 << 20  # bytes of an extended header, such as a long name
 class Region:
     """A part of a file: `size` bytes from `offset` on."""
 
-    path: Path
+    path: Place
     offset: int
     size: int
 
@@ -25,14 +32,22 @@ class Region:
         return str(self.path)
 
     def open(self) -> "RegionFile":
-        """The region as a file of its own. Raises OSError."""
+        """The region of a local file as a file of its own. Raises OSError."""
         return RegionFile(self)
+
+    def pieces(self) -> Iterator[bytes]:
+        """Its bytes, in order, until its end or that of the file. Raises as `read_range` does."""
+        at, end = self.offset, self.offset + self.size
+        while at < end and (piece := read_range(self.path, at, min(PIECE, end - at))):
+            yield piece
+            at += len(piece)
 
 
 class RegionFile(io.RawIOBase):
     """A region of a file, read-only, with positions from 0. It ends early where the file itself does."""
 
     def __init__(self, region: Region):
+        assert isinstance(region.path, Path)
         self._region, self._at = region, 0
         self._file = io.FileIO(region.path)
 
@@ -63,41 +78,99 @@ class RegionFile(io.RawIOBase):
         super().close()
 
 
+@contextlib.contextmanager
+def opened_here(video: Path | Region, go_on: Callable[[], None] = lambda: None) -> Iterator[Path | Region]:
+    """A video as a local one: itself, or a copy of a remote one, in a file without a name, of which nothing stays.
+
+    Raises as `read_range` does, and what `go_on` raises, which is called before each piece; OSError with a file name
+    when there is no room for the copy.
+    """
+    if isinstance(video, Path) or isinstance(video.path, Path):
+        yield video
+        return
+    with tempfile.TemporaryFile() as file:
+        for piece in video.pieces():
+            go_on()
+            try:
+                file.write(piece)
+                file.flush()
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from None
+        yield Region(Path(f"/proc/{os.getpid()}/fd/{file.fileno()}"), 0, file.tell())
+
+
+class _RemoteFile(io.RawIOBase):
+    """A remote file, read-only."""
+
+    def __init__(self, place: Remote):
+        self._place, self._at = place, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        assert whence != os.SEEK_END
+        self._at = offset + (self._at if whence == os.SEEK_CUR else 0)
+        return self._at
+
+    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
+        data = read_range(self._place, self._at, len(buffer))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
 @dataclass(frozen=True)
 class Member:
-    """A file in a tar: its name, where its data is, and why it can't be used, if that is so."""
+    """A file in a tar: its name, where its data is, and why it can't be used, if that is so.
+
+    `text` has the bytes of a whole .txt or .json of at most LARGEST_TEXT bytes.
+    """
 
     name: str
     offset: int
     size: int
     problem: str = ""
+    text: bytes = b""
 
 
 class _Headers(io.BufferedReader):
     """A tar file of which only headers are read: a damaged one can't have all of the file read into memory."""
 
     def read(self, size: int | None = -1) -> bytes:
-        if size is None or not 0 <= size <= LARGEST_HEADER:
+        if size is None or not 0 <= size <= LARGEST_HEADER:  # LARGEST_TEXT is no more
             raise tarfile.ReadError(f"a header of {size} bytes")
         return super().read(size)
 
 
-def tar_members(path: Path) -> Iterator[Member]:
+def tar_members(path: Place) -> Iterator[Member]:
     """The files in a tar, in its order. If it is cut short or damaged, the last one has no name, and says so.
 
     Links and sparse files have a problem, and so have names that lead out of the tar. Folders are left out. Raises a
-    one-line ValueError if it is not a tar; OSError if it can't be read.
+    one-line ValueError if it is not a tar; OSError if it can't be read; RemoteError if a server stays away.
     """
-    end = os.path.getsize(path)
-    with _Headers(io.FileIO(path)) as file:
+    remote = isinstance(path, Remote)
+    end = size_and_version(path)[0] if isinstance(path, Remote) else os.path.getsize(path)
+    raw = _RemoteFile(path) if isinstance(path, Remote) else io.FileIO(path)
+    with _Headers(raw, BLOCK if remote else io.DEFAULT_BUFFER_SIZE) as file:
         try:
             tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
+        except RemoteError:
+            raise
         except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path}: not a plain tar file ({error})") from None
         begin = -1
         while True:
             try:
                 info = tar.next()
+            except RemoteError:
+                raise
             except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
                 yield Member("", 0, 0, f"it is cut short or damaged: nothing can be read behind byte {begin} ({error})")
                 return
@@ -109,7 +182,11 @@ def tar_members(path: Path) -> Iterator[Member]:
             begin = info.offset
             tar.members.clear()  # type: ignore[attr-defined]  # otherwise it keeps them all
             if not info.isdir():
-                yield Member(info.name.removeprefix("./"), info.offset_data, info.size, _problem(info, end))
+                name, problem, text = info.name.removeprefix("./"), _problem(info, end), b""
+                if name.endswith((".txt", ".json")) and not problem and info.size <= LARGEST_TEXT:
+                    file.seek(info.offset_data)
+                    text = file.read(info.size)
+                yield Member(name, info.offset_data, info.size, problem, text)
         file.seek(tar.offset)
         block = file.read(tarfile.BLOCKSIZE)
         if block != bytes(tarfile.BLOCKSIZE):

@@ -20,6 +20,7 @@ from av.stream import Disposition
 from PIL import Image
 
 from data_prep.files import sync
+from data_prep.places import Remote
 from data_prep.tars import Region
 
 # Containers whose header declares a duration. A file that ends earlier is cut short.
@@ -66,6 +67,7 @@ def best_stream(container: Any) -> Any:
 def _open(video: str | Path | Region) -> Any:
     """Opens a container. Raises VideoError if the file is missing or not a video."""
     path = video.path if isinstance(video, Region) else video
+    assert not isinstance(path, Remote)  # see `opened_here`
     if not os.path.isfile(path):
         raise VideoError(video, "missing")
     try:

@@ -71,22 +71,26 @@ class WanCodec:
 
         return [None] * sum(isinstance(module, WanCausalConv3d) for module in network.modules())
 
-    @torch.no_grad()
     def encode(self, frames: np.ndarray) -> np.ndarray:
         """uint8 [T, H, W, 3] -> float32 [C, 1 + (T - 1) / s_t, H / s_h, W / s_w], normalised."""
+        return self.encode_batch(frames[None])[0]
+
+    @torch.no_grad()
+    def encode_batch(self, clips: np.ndarray) -> np.ndarray:
+        """See `Codec.encode_batch`. The bits may differ a little from those of `encode`: kernels depend on shapes."""
         from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 
-        shape, time = self.geometry.latent_shape_of(frames), self.geometry.strides[0]
+        shape, time = self.geometry.latent_shape_of(clips[0]), self.geometry.strides[0]
         mean, std = (torch.tensor(numbers).view(-1, 1, 1, 1) for numbers in (self.mean, self.std))
         cache, latents = self._cache(self.vae.encoder), []
         for k in range(shape[1]):
-            part = np.ascontiguousarray(frames[max(0, time * (k - 1) + 1) : time * k + 1])
+            part = np.ascontiguousarray(clips[:, max(0, time * (k - 1) + 1) : time * k + 1])
             pixels: Any = torch.from_numpy(part).to(self.device)
-            pixels = (pixels.permute(3, 0, 1, 2)[None].float() / 127.5 - 1).to(self.dtype)
+            pixels = (pixels.permute(0, 4, 1, 2, 3).float() / 127.5 - 1).to(self.dtype)
             pixels = patchify(pixels, self._patch)
             z = self.vae.quant_conv(self.vae.encoder(pixels, feat_cache=cache, feat_idx=[0]))
-            latents.append((z[0, : shape[0]].float().cpu() - mean) / std)  # the other half is the log-variance
-        return torch.cat(latents, dim=1).numpy()
+            latents.append((z[:, : shape[0]].float().cpu() - mean) / std)  # the other half is the log-variance
+        return torch.cat(latents, dim=2).numpy()
 
     def decode(self, latent: np.ndarray | Tensor) -> np.ndarray:
         """float [C, T, H, W] -> uint8 [1 + s_t (T - 1), s_h H, s_w W, 3]."""

@@ -23,10 +23,11 @@ from data_prep.card import CARD, card_hash, read_card
 from data_prep.default_codec import CODEC_FILE
 from data_prep.files import is_abandoned, write_atomic
 from data_prep.index import INDEX
+from data_prep.rows import DUPLICATE, Row, fingerprints
 from data_prep.shards import ShardWriter
-from data_prep.sources import DUPLICATE, Row, fingerprints
 
 WORK, LOCK, FAILURES = "work.json", "work.lock", "failures.jsonl"
+LISTING = "listing-"  # so begin the files of `tar_sources.py`
 
 
 class Place(NamedTuple):
@@ -151,6 +152,11 @@ class PartWriter:
         if len(self._shard) == self._limit:
             self._finish_shard([row.index, clip + 1])
 
+    @property
+    def room(self) -> int:
+        """Samples that the shard has room for."""
+        return self._limit - (len(self._shard) if self._shard is not None else 0)
+
     def end_video(self, dropped: float, failure: dict | None) -> None:
         """Notes what became of a video: seconds of its remainder, and why it failed if it did."""
         self._dropped += dropped
@@ -187,27 +193,39 @@ def stands_already(out: Path, record: dict, retry: bool = False) -> bool:
     if (out / WORK).exists():
         check_same_work(out, record, retry)
         return False
+    refuse_foreign(out)
+    return False
+
+
+def refuse_foreign(out: Path) -> None:
+    """Raises ValueError if `out` holds anything but a dataset, finished or not."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file, expected a folder to write")
-    ours = (LOCK, WORK, CODEC_FILE)
+    ours = (LOCK, WORK, CODEC_FILE, CARD, LISTING)
     foreign = [name for name in sorted(os.listdir(out)) if not name.startswith(ours)] if out.is_dir() else []
-    if foreign and not (out / WORK).exists():  # another job may have begun meanwhile
+    if foreign and not ((out / WORK).exists() or (out / CARD).exists()):  # another job may have begun meanwhile
         raise ValueError(f"{out}: not empty and no dataset (it holds {foreign[0]}); choose another folder")
-    return False
 
 
 def check_same_work(out: Path, record: dict, retry: bool) -> None:
     """Raises ValueError if the unfinished dataset in `out` is made with other settings or from another source."""
+    _check_same(out, read_work(out), record, retry)
+
+
+def read_work(out: Path) -> dict:
+    """The settings and the source of the unfinished dataset in `out`. Raises ValueError if they can't be read."""
     try:
         found = json.loads((out / WORK).read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{out / WORK}: not JSON ({error}); remove {out} and start again") from None
-    _check_same(out, found if isinstance(found, dict) else {}, record, retry)
+    return found if isinstance(found, dict) else {}
 
 
 def _check_same(out: Path, found: dict, record: dict, retry: bool) -> None:
     differ = [key for key in sorted({*record, *found}) if record.get(key) != found.get(key)]
     differ = [key for key in differ if not (retry and key == "source_sizes")]
+    if record.get("batch") == 0:  # whatever the first job has chosen
+        differ = [key for key in differ if key != "batch"]
     if differ:
         hashes = ("source", "source_sizes")
         changes = ", ".join(
@@ -234,7 +252,7 @@ def clear(out: Path) -> None:
     remove_leftovers(out)
     for name in (CODEC_FILE, INDEX, FAILURES, WORK, LOCK):
         (out / name).unlink(missing_ok=True)
-    for path in (*out.glob("shard-*"), *out.glob("survey-*")):
+    for path in (*out.glob("shard-*"), *out.glob("survey-*"), *out.glob(f"{LISTING}*")):
         path.unlink(missing_ok=True)
 
 

@@ -27,7 +27,7 @@ from rf_train import config
 from rf_train.config import Recipe, Stage
 from rf_train.data.batches import Datasets, longest_wait, open_datasets, steps
 from rf_train.data.damage import Damage, DamageLog, TooMuchDamage
-from rf_train.diffusion.batch import Batch
+from rf_train.diffusion.batch import Batch, on_device
 from rf_train.diffusion.histories import History, make_history
 from rf_train.diffusion.loss import training_loss
 from rf_train.engine import checkpoint
@@ -141,7 +141,8 @@ def timed_steps(
     """Yields (step, its stage, this rank's micro-batches, seconds that they were waited for) from step `first` on."""
     begin, patience = time.perf_counter(), longest_wait(recipe)
     watch.at("waiting for data", patience + LONGEST_START)
-    for step, batches in steps(recipe, datasets, first, engine.replica, engine.replicas):
+    on_gpu = engine.ranks.device.type == "cuda"
+    for step, batches in steps(recipe, datasets, first, engine.replica, engine.replicas, on_gpu):
         stage, first_of_stage, _ = recipe.span_at(step)
         watch.at(f"step {step + 1}", LONGEST_START if step in (first, first_of_stage) else 0.0)
         yield step, stage, batches, time.perf_counter() - begin
@@ -159,8 +160,7 @@ def train_step(engine: Engine, step: int, batches: list[Batch], recipe: Recipe, 
     check_same_shapes(step, batches, stage.history)
     rolls_out = true_on_any_rank([stage.history.needs_rollout(batch) for batch in batches])
     metrics, rollout_seconds, begin, applied = StepMetrics(), 0.0, clock(device), True
-    for batch, needed in zip(batches, rolls_out):
-        batch = batch.to(device)
+    for batch, needed in zip(on_device(batches, device), rolls_out):
         history_begin = clock(device)
         history, level = degraded_history(engine, batch, recipe, stage, needed)
         rollout_seconds += clock(device) - history_begin

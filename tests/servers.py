@@ -69,12 +69,15 @@ class FileServer:
         if status is None and found and int(found[1]) >= path.stat().st_size:
             status = 416
         if status is None:
+            size = path.stat().st_size
             with open(path, "rb") as file:
                 file.seek(int(found[1]) if found else 0)
                 data = file.read(int(found[2]) - int(found[1]) + 1) if found else file.read()
             data = self.change(request.path, data)
         request.send_response(status or (206 if found else 200))
         request.send_header("Content-Length", str(len(data)))
+        if found and status is None:
+            request.send_header("Content-Range", f"bytes {found[1]}-{int(found[1]) + len(data) - 1}/{size}")
         request.end_headers()
         request.wfile.write(data)
 

@@ -116,23 +116,28 @@ def _make_batch(
 
 
 def steps(
-    recipe: Recipe, datasets: Datasets, first: int, replica: int, replicas: int
+    recipe: Recipe, datasets: Datasets, first: int, replica: int, replicas: int, pin: bool = False
 ) -> Iterator[tuple[int, list[Batch]]]:
-    """Yields (step, its micro-batches) from step `first` to the recipe's end.
+    """Yields (step, its micro-batches) from step `first` to the recipe's end; with `pin` in page-locked memory.
 
     `data.workers` threads read the next steps, one each, while this one is computed. The steps are the same for any
     number of them. Who stops early does not wait for the threads.
     """
+
+    def read(step: int) -> list[Batch]:
+        batches = step_batches(recipe, datasets, step, replica, replicas)
+        return [batch.pinned() for batch in batches] if pin else batches
+
     if not recipe.data.workers:
         for step in range(first, recipe.steps):
-            yield step, step_batches(recipe, datasets, step, replica, replicas)
+            yield step, read(step)
         return
     readers = ThreadPoolExecutor(recipe.data.workers, "reader")
     try:
         ahead: deque[Future[list[Batch]]] = deque()
         for step in range(first, recipe.steps):
             while len(ahead) <= recipe.data.workers and step + len(ahead) < recipe.steps:
-                ahead.append(readers.submit(step_batches, recipe, datasets, step + len(ahead), replica, replicas))
+                ahead.append(readers.submit(read, step + len(ahead)))
             yield step, ahead.popleft().result()
     finally:
         readers.shutdown(wait=False, cancel_futures=True)

@@ -1,5 +1,6 @@
 """The micro-batches of a step: a function of seed and step, the same for any number of replicas and any micro-batch."""
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -45,6 +46,26 @@ def test_clips_and_draws_are_the_same_for_any_number_of_replicas_and_any_micro_b
                         assert torch.equal(one, other)
         assert [name for place in sorted(order) for name in order[place]] == list(seen)  # also in the same order
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_threads_that_read_ahead_pin_what_they_read(tmp_path, monkeypatch, workers):
+    """Page-locked memory needs a GPU, so it is only noted here what is pinned, and where."""
+    pinned: dict[int, str] = {}
+
+    def pin(tensor):
+        pinned[id(tensor)] = threading.current_thread().name
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    recipe = recipe_for(write_dataset(tmp_path / "d"))
+    recipe = replace(recipe, data=replace(recipe.data, workers=workers))
+    datasets = open_datasets(recipe)
+    assert list(steps(recipe, datasets, 6, 0, 2)) and not pinned
+    read = [batch for _, found in steps(recipe, datasets, 6, 0, 2, True) for batch in found]
+    tensors = [tensor for batch in read for tensor in (batch.x, batch.text, *batch.draws.values())]
+    assert {id(tensor) for tensor in tensors} <= pinned.keys()
+    assert all(name.startswith("reader") == bool(workers) for name in pinned.values())
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3, 20])

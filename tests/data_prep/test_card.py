@@ -1,13 +1,15 @@
 """A dataset's card: read back as written, and one clear line for whatever does not fit."""
 
+import hashlib
 import json
 
+import numpy as np
 import pytest
 
-from data_prep import verify
+from data_prep import places, verify
 from data_prep.card import SCHEMA, NotADataset, card_geometry, card_hash, read_card, write_card
 from data_prep.geometry import WAN_2_1
-from data_prep.index import write_index
+from data_prep.index import write_index, write_rows
 from tests.data_prep.test_shards import write as write_shards
 
 
@@ -129,6 +131,51 @@ def test_verify_names_all_that_is_wrong(tmp_path, damage, lines, capsys):
     said = capsys.readouterr()
     assert all(line in said.out for line in [*lines, "no such folder"])
     assert said.err.splitlines()[-1] == f"error: {len(lines) + 1} problems found"
+
+
+def test_verify_streams_whole_shards_once_and_reads_by_place_only_what_is_damaged(tmp_path, monkeypatch):
+    write(tmp_path)
+    asked, by_place = [], []
+    reading, at_place = verify.pieces, verify.read_sample
+    monkeypatch.setattr(verify, "pieces", lambda place: asked.append(place.name) or reading(place))
+    monkeypatch.setattr(verify, "read_sample", lambda *a: by_place.append(a[0].name) or at_place(*a))
+    monkeypatch.setattr(places, "PIECE", 1000)  # samples and their members lie across pieces
+    assert not list(verify.problems(tmp_path)) and not by_place
+    shards = [f"shard-{number:06d}-0000.tar" for number in range(3)]
+    assert asked == shards
+    flip(tmp_path)
+    assert len(list(verify.problems(tmp_path))) == 2
+    assert set(by_place) == {shards[1]} and asked == shards * 2
+
+
+def forged(folder, change):
+    """A shard with a change, and an index and a card that fit its bytes: what an honest writer never makes."""
+    (folder / "x").mkdir()
+    card = write(folder / "x")
+    path = folder / "x" / "shard-000001-0000.tar"
+    data, rows = change(path.read_bytes(), np.load(folder / "x" / "samples.npy"))
+    path.write_bytes(data)
+    card["shards"][1] |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    card["index"] = write_rows(folder / "x", rows)
+    write_card(folder / "x", card)
+    return folder / "x"
+
+
+def moved(data, rows):
+    rows["offset"][2] += 512
+    return data, rows
+
+
+def other_crc(data, rows):
+    rows["crc32"][3] ^= 1
+    return data, rows
+
+
+@pytest.mark.parametrize("change, says", [(moved, "damaged"), (other_crc, "damaged (its CRC-32 is not the index's)")])
+def test_verify_compares_the_stream_with_the_index(tmp_path, change, says):
+    """The card's hashes fit; only the index tells."""
+    found = list(verify.problems(forged(tmp_path, change)))
+    assert len(found) >= 1 and all("shard-000001-0000.tar: " in line and says in line for line in found)
 
 
 def test_a_mistyped_name_says_what_is_near_it(tmp_path):

@@ -181,6 +181,18 @@ def test_wan_in_pieces_is_diffusers_whole(wan_folder):
 
 
 @pytest.mark.parametrize("name", ["default", "wan"])
+def test_a_batch_is_its_clips(monkeypatch, wan_folder, name):
+    """No clip sees another. Wan's bits may differ; the built-in codec's don't."""
+    codec = open_codec(f"wan:{wan_folder}") if name == "wan" else quick(monkeypatch)
+    clips = np.random.default_rng(0).integers(0, 256, (3, 9, 32, 48, 3), dtype=np.uint8)
+    found, alone = codec.encode_batch(clips), np.stack([codec.encode(clip) for clip in clips])
+    assert found.dtype == np.float32 and found.shape == alone.shape
+    assert np.allclose(found, alone, atol=1e-5) and (name == "wan" or np.array_equal(found, alone))
+    with pytest.raises(ValueError, match="multiple"):
+        codec.encode_batch(clips[:, :, :31])
+
+
+@pytest.mark.parametrize("name", ["default", "wan"])
 @pytest.mark.parametrize("pieces", [(1, 1, 1, 1, 1), (1, 3, 1), (3, 2)], ids=str)
 def test_a_video_decoded_piece_by_piece_is_the_video_decoded_whole(monkeypatch, wan_folder, name, pieces):
     """Bit for bit, also when another video is decoded in between. The pieces' frames follow the geometry."""

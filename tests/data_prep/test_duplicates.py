@@ -111,14 +111,14 @@ def test_what_is_mended_later_takes_its_place_before_its_duplicate(videos, tmp_p
 
 
 def test_a_file_that_cannot_be_read_is_a_failure(videos, tmp_path, monkeypatch):
-    reading = open
+    reading = survey.pieces
 
-    def refuse(path, *arguments, **options):
+    def refuse(path):
         if str(path).endswith("c.mp4"):
             raise PermissionError(13, "Permission denied", str(path))
-        return reading(path, *arguments, **options)
+        return reading(path)
 
-    monkeypatch.setattr(survey, "open", refuse, raising=False)
+    monkeypatch.setattr(survey, "pieces", refuse)
     out = tmp_path / "data"
     assert run(videos, out, *DROP) == 0
     assert [(one["source"], one["reason"], one["detail"]) for one in failures(out)] == [

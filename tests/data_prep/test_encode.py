@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import default_codec, encode, encode_parts, shards
+from data_prep import batching, default_codec, encode, encode_parts, shards
 from data_prep.card import read_card
 from data_prep.codecs import dataset_codec
 from data_prep.files import temporary_beside
@@ -464,7 +464,7 @@ def test_what_a_codec_says_of_a_clip_is_the_reason(videos, tmp_path, monkeypatch
     assert run(videos, tmp_path / "codec") == 0
     monkeypatch.setattr(default_codec.DefaultCodec, "encode", refuse)
     rows = []
-    monkeypatch.setattr(encode_parts, "failure_of", lambda row, problem, clips: rows.append(problem) or {"reason": ""})
+    monkeypatch.setattr(batching, "failure_of", lambda row, problem, clips: rows.append(problem) or {"reason": ""})
     assert run(videos, tmp_path / "data", "--codec", f"default:{tmp_path / 'codec'}") == 2
     assert {(one.reason, one.detail) for one in rows} == {("not encodable", "nothing but noise")}
 
@@ -474,9 +474,9 @@ def test_sigterm_is_one_line_that_says_how_to_go_on(videos, tmp_path):
     for number in range(8):
         shutil.copy(videos / "a.mkv", videos / f"z{number}.mkv")
     start = (
-        "import sys, time; from data_prep import default_codec, encode, encode_parts; default_codec.STEPS = 5;"
-        "real = encode_parts.encode_video;"
-        "encode_parts.encode_video = lambda *a: (real(*a), time.sleep(0.2)); sys.exit(encode.main())"
+        "import sys, time; from data_prep import batching, default_codec, encode; default_codec.STEPS = 5;"
+        "real = batching.encode_each;"
+        "batching.encode_each = lambda *a: (time.sleep(0.05), real(*a))[1]; sys.exit(encode.main())"
     )
     settings = ["--size", "32x48", "--frames", "5", "--samples-per-shard", "3"]
     job = subprocess.Popen([sys.executable, "-c", start, str(videos), str(out), *settings], stderr=subprocess.PIPE)

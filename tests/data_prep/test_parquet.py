@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from data_prep.sources import fingerprints, list_source
+from data_prep.rows import fingerprints
+from data_prep.sources import list_source
 
 ENTRIES = [
     {"video": "a.mp4", "caption": "one  two", "start": 0.5, "end": 1.5, "captions": ["x", "y"]},

@@ -161,8 +161,7 @@ def test_a_folder_may_have_any_name_and_the_environment_does_not_matter(dataset,
     monkeypatch.chdir(tmp_path)
     assert len(list(stream_samples(other.name, stats.read_card(other)))) == 6
     other = other.rename(tmp_path / "a#b")
-    with pytest.raises(SampleError, match=r"a#b/shard-000000-0000.tar: unreadable \(webdataset takes paths for"):
-        list(stream_samples(other, stats.read_card(other)))
+    assert len(list(stream_samples(other, stats.read_card(other)))) == 6
 
 
 def test_clips_of_one_latent_frame_have_no_change(tmp_path):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from data_prep import default_codec
-from data_prep.sources import fingerprints, list_source
+from data_prep.rows import fingerprints
+from data_prep.sources import list_source
 from data_prep.tars import Region, tar_members
 from data_prep.video import VideoError, read_frames
 from tests.data_prep.test_encode import failures, run, samples
@@ -121,9 +122,9 @@ def test_patterns_single_shards_and_folders_below(video, tmp_path, monkeypatch):
         ("{000.tar", "not a pattern"),
         ("${WDS_NONE}/{0..1}.tar", "not a pattern"),
         ("{000.tar,a.mp4}", "expected .tar files only"),
-        ("pipe:cat 000.tar", "not supported"),
-        ("https://host/{000..002}.tar", "not supported"),
-        ("000.tar::s3://bucket/a.tar", "not supported"),
+        ("pipe:cat 000.tar", "runs a command is refused"),
+        ("https://me:secret@host/{000..002}.tar", "holds a name or password"),
+        ("000.tar::ftp://host/a.tar", "ftp:// is not read"),
         ("text.tar", "not a plain tar file"),
         ("zip.tar", "not a plain tar file"),
         ("nothing.tar", "not a plain tar file"),
