@@ -31,6 +31,7 @@ LAYERS = (
     ),
     ("rf_train.evaluate", "rf_train.plan", "rf_train.status", "rf_train.vbench"),
     ("rf_train.report_data",),
+    ("rf_train.report_plots", "rf_train.report_headline"),
     ("rf_train.report",),
     ("rf_train.evidence",),
 )
