@@ -10,6 +10,7 @@ Paths, addresses and names of the machine that trained are left out: an address 
 """
 
 import shutil
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import yaml
 
 from data_prep.card import card_geometry, read_card
 from data_prep.codecs import dataset_codec
+from data_prep.command import one_line
 from data_prep.default_codec import CODEC_FILE, DefaultCodec
 from data_prep.files import write_atomic, write_json
 from data_prep.places import place_of
@@ -33,7 +35,8 @@ PACKAGES = ("rf_train", "torch", "diffusers")
 def describe(out: Path, recipe: Recipe, step: int, weights: str, licence: str) -> None:
     """Writes everything but the weights into `out`. `weights`: "ema" or "master". `licence`: "" if not stated.
 
-    When a dataset of the run can't be read any more, the card says so, and there is neither codec nor example.
+    When a dataset of the run can't be read any more, the card says so, and there is neither codec nor example. The
+    reason, which names the place, is printed.
     """
     cards = dataset_cards(recipe)
     card = [_front_matter(licence), f"# A causal video model, after {step} steps of Resampling Forcing\n"]
@@ -57,7 +60,8 @@ def dataset_cards(recipe: Recipe) -> dict[str, dict]:
     stages = [recipe.folders_of(recipe.dataset_of(stage)) for stage in recipe.stages]
     try:
         return {folder: read_card(place_of(folder, recipe.data.patience)) for folders in stages for folder in folders}
-    except (ValueError, OSError):
+    except (ValueError, OSError) as error:
+        print(f"no codec, no sample.py, and no data in the card: {one_line(error)}", file=sys.stderr)
         return {}
 
 

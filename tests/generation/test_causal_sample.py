@@ -121,11 +121,12 @@ def test_a_licence_is_text_and_not_yaml(tiny_generator, tmp_path):
     assert front["library_name"] == "diffusers" and front["license"] == "mine\nlibrary_name: evil"
 
 
-def test_without_its_data_a_run_is_exported_and_the_card_says_so(tiny_generator, tmp_path):
+def test_without_its_data_a_run_is_exported_and_the_card_says_so(tiny_generator, tmp_path, capsys):
     generator = tiny_generator()
     generator.recipe = replace(generator.recipe, data=replace(generator.recipe.data, train=str(tmp_path / "gone")))
     folder, _ = exported(generator, tmp_path / "out", 3)
     text = (folder / "README.md").read_text()
+    assert f"no codec, no sample.py, and no data in the card: {tmp_path / 'gone'}: no such" in capsys.readouterr().err
     assert "could not be read any more" in text and "sample.py" not in text and "Not stated" in text
     assert {path.name for path in folder.iterdir()} == {
         "README.md", "config.json", "diffusion_pytorch_model.safetensors",
