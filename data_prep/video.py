@@ -95,6 +95,15 @@ def declared_seconds(path: str | Path | Region) -> float | None:
         return None
 
 
+def frame_rate(path: str | Path | Region) -> Fraction:
+    """The mean number of frames per second of a video. Raises VideoError when it can't be read, or says none."""
+    with _open(path) as container:
+        rate = _video_stream(path, container).average_rate
+        if not rate:
+            raise VideoError(path, "not a video", "no frame rate")
+        return Fraction(rate)
+
+
 def picture_size(path: str | Path | Region) -> tuple[int, int]:
     """(height, width) of a video's first frame in pixels, as it is shown: upright, with square pixels.
 

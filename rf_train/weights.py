@@ -29,6 +29,7 @@ from data_prep.files import sync, temporary_beside, write_json
 from rf_train import config
 from rf_train.engine import checkpoint
 from rf_train.engine.checkpoint import CheckpointReader
+from rf_train.generation.model_card import describe
 from rf_train.model.settings import ModelSettings
 
 # Original Wan names -> diffusers' names, which are the model's own. The original calls the norm before cross-attention
@@ -251,9 +252,11 @@ def export(
     kind: str = "ema",
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = 5 * 2**30,
+    licence: str = "",
 ) -> Path:
-    """Writes a run's checkpoint as a diffusers folder, in files of at most `shard_bytes`.
+    """Writes a run's checkpoint as a diffusers folder, in files of at most `shard_bytes`, with a card and an example.
 
+    What is beside the weights: see `generation/model_card.py`. `licence` is that of the weights, for the card.
     `kind` is "ema", the average, or "master", the last weights. `out` appears only when it is complete. Raises
     ValueError if it exists already, or if `run` has no such checkpoint.
     """
@@ -274,6 +277,7 @@ def export(
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_json(making / "diffusion_pytorch_model.safetensors.index.json", index)
     write_json(making / "config.json", diffusers_config(recipe.model))
+    describe(making, recipe, checkpoint.step_of(folder), kind, licence)
     making.rename(out)
     return out
 
@@ -338,13 +342,20 @@ def main(arguments: list[str] | None = None) -> int:
         "--weights", choices=("ema", "master"), default="ema", help="the average (default) or the last weights"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--licence", default="", help="of the weights, for the folder's card, such as apache-2.0")
     options = parser.parse_args(arguments)
 
     def export_as_asked() -> None:
-        write = export_generator if options.out.endswith(".pt") else export
-        out = write(options.run, options.out, options.step, options.weights, getattr(torch, options.dtype))
-        files = [out] if out.is_file() else out.iterdir()
+        if options.out.endswith(".pt"):
+            if options.licence:
+                raise ValueError(f"{options.out}: a .pt file has no card for --licence; leave it out")
+            out = export_generator(*asked)
+        else:
+            out = export(*asked, licence=options.licence)
+        files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
         print(f"{out}: {sum(path.stat().st_size for path in files) / 2**20:.1f} MiB")
+
+    asked = (options.run, options.out, options.step, options.weights, getattr(torch, options.dtype))
 
     return run_command(export_as_asked)
 

@@ -1,5 +1,6 @@
 """The report: the same page for the same runs, every metric by chunk on it, and nothing hostile in it runs."""
 
+import base64
 import json
 import os
 import re
@@ -8,17 +9,27 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
-from data_prep.video import write_video
-from rf_train import config, metrics, report, report_data
+from data_prep.video import read_frames, write_video
+from rf_train import config, metrics, report, report_data, report_plots
 from rf_train.evaluation.long_videos import summary
-from rf_train.evaluation.video_metrics import GENERAL_METRICS, Gaussian, Segment, VideoPair, compare, latent_features
+from rf_train.evaluation.video_metrics import (
+    GENERAL_METRICS,
+    Gaussian,
+    Segment,
+    VideoMetric,
+    VideoPair,
+    compare,
+    latent_features,
+)
 from rf_train.metrics import METRICS, Metric, Plot, StepMetrics, over_clips
+from rf_train.report_headline import verdict
 from rf_train.run_log import RunLog, read_rows
 from tests.conftest import plain_settings
 from tests.distributed import PROJECT
@@ -134,7 +145,7 @@ def test_the_same_runs_give_the_same_bytes(runs, tmp_path):
 def test_the_page_carries_no_date(runs, tmp_path):
     page = page_of(runs, tmp_path / "page.html")
     page = re.sub(r"base64,[^\"]*", "", page)
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
     assert not re.search(r"20\d\d-\d\d-\d\d|dc:date|\d\d:\d\d:\d\d", page)
 
 
@@ -153,7 +164,8 @@ def test_another_process_gives_the_same_bytes(runs, tmp_path):
 
 def test_the_page_has_a_plot_per_metric_and_a_row_per_run(runs, tmp_path):
     page = Page(page_of(runs, tmp_path / "page.html"))
-    assert page.count("svg") == 4 and page.count("video") == 3 + 2  # truth, two continuations, two prompts
+    # A clip: the truth and two continuations, whole and in two segments each. And two prompts.
+    assert page.count("svg") == 5 and page.count("video") == 3 + 3 * 2 + 2
     for metric in METRICS:
         assert metric.plot is None or metric.plot.title in page.texts
     for metric in GENERAL_METRICS:
@@ -257,6 +269,48 @@ def test_nothing_is_left_of_a_page_that_could_not_be_written(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "run"]
 
 
+# ---- the headline
+
+
+def test_the_page_begins_with_what_came_out(runs, tmp_path):
+    page = page_of(runs, tmp_path / "page.html")
+    begin, end = page.index('class="headline"'), page.index("<h2>")
+    text = "".join(Page(page[begin:end]).texts)
+    evaluation = json.loads((runs[0] / "evaluation/evaluation.json").read_text())
+    cells = evaluation["metrics"]["sharpness"]
+    assert f"sharpness (near 1){cells[0]['mean']:.3f}{cells[1]['mean']:.3f}" in text
+    assert "first, up to 2.0 times its trained length: " in text and "second: 6 of 6 steps; loss " in text
+
+
+@pytest.mark.parametrize(
+    "better, means, low, high, says",
+    [
+        ("higher", (1.0, 0.5), -0.6, -0.4, "worse"), ("higher", (0.5, 1.0), 0.4, 0.6, "better"),
+        ("lower", (0.5, 1.0), 0.4, 0.6, "worse"), ("lower", (1.0, 0.5), -0.6, -0.4, "better"),
+        ("near 1", (1.0, 1.5), 0.4, 0.6, "worse"), ("near 1", (0.5, 1.0), 0.4, 0.6, "better"),
+        ("near 0", (0.1, -0.5), -0.7, -0.5, "worse"), ("higher", (1.0, 0.5), -0.6, 0.1, "holds"),
+        ("higher", (1.0, None), -0.6, -0.5, ""), ("higher", (1.0, 0.5), None, None, ""),
+    ],
+)  # fmt: skip
+def test_a_change_counts_when_it_is_outside_of_its_interval(better, means, low, high, says):
+    metric = VideoMetric("m", better, "", lambda _: None)
+    run = SimpleNamespace(
+        evaluation={"metrics": {"m": [{"mean": mean} for mean in means]}, "slopes": {"m": {"low": low, "high": high}}}
+    )
+    assert verdict(run, metric) == says
+
+
+def test_segments_of_a_clip_stand_side_by_side(runs, tmp_path):
+    page = page_of(runs, tmp_path / "page.html")
+    for name in ("truth", "first", "second"):
+        for begin, end in SEGMENTS:
+            assert f"<figcaption>{name}, {begin:.1f}–{end:.1f} s</figcaption>" in page
+    found = re.search(r'base64,([^"]*)"></video><figcaption>first, 1.5–3.0 s', page)
+    (tmp_path / "part.mp4").write_bytes(base64.b64decode(found[1]))
+    part, whole = (list(read_frames(path, 8)) for path in (tmp_path / "part.mp4", runs[0] / "evaluation/clip-000.mp4"))
+    assert len(part) == 12 and np.abs(np.stack(part).astype(float) - np.stack(whole[12:24])).mean() < 12
+
+
 # ---- a new metric
 
 
@@ -268,7 +322,7 @@ def test_a_new_metric_by_chunk_appears_everywhere_without_another_change(tmp_pat
 
     new = Metric("largest_by_chunk", largest, Plot("the largest latent", "x"))
     before = page_of([write_run(tmp_path / "before")], tmp_path / "before.html")
-    for module in (metrics, report):  # both have the name
+    for module in (metrics, report_plots):  # both have the name
         monkeypatch.setattr(module, "METRICS", (*METRICS, new))
     run = write_run(tmp_path / "run")
     for step, row in enumerate(read_rows(run / "metrics.jsonl")):
@@ -294,7 +348,7 @@ def test_hostile_captions_and_names_are_text(runs, tmp_path):
     text = "".join(page.texts)
     assert text.count(HOSTILE) == 3  # the caption, the stage in the table and above the plot
     assert text.count(name) >= 8
-    assert page.count("svg") == 4
+    assert page.count("svg") == 5
 
 
 def spoil(value, path: tuple, new) -> None:

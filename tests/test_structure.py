@@ -29,8 +29,9 @@ LAYERS = (
         "rf_train.bench_gpu",
         "rf_train.bench_self_forcing",
     ),
-    ("rf_train.evaluate", "rf_train.plan", "rf_train.status"),
+    ("rf_train.evaluate", "rf_train.plan", "rf_train.status", "rf_train.vbench"),
     ("rf_train.report_data",),
+    ("rf_train.report_plots", "rf_train.report_headline"),
     ("rf_train.report",),
     ("rf_train.evidence",),
 )

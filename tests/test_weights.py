@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from rf_train import config
 from rf_train.engine import checkpoint
 from rf_train.engine.collectives import start_ranks
+from rf_train.engine.saving import Saver
 from rf_train.engine.state import TrainingState
 from rf_train.engine.zero import build_engine
 from rf_train.model.transformer import CausalWan
@@ -142,6 +143,7 @@ def load_and_save_on_this_rank(folders: list[str], run: str, **settings) -> list
     ranks = start_ranks()
     engine = build_engine(recipe, ranks)
     state, results = TrainingState(engine, 0.9), []
+    saver = Saver(Path(run), state, keep=2, always=set())
     if ranks.rank == 0:
         Path(run).mkdir()
         (Path(run) / "recipe.yaml").write_text(yaml.safe_dump(config.to_dict(recipe)))
@@ -155,7 +157,9 @@ def load_and_save_on_this_rank(folders: list[str], run: str, **settings) -> list
         for tensor in [*state.by_kind()["master"].values(), *state.ema.values()]:
             tensor.data.fill_(float("nan"))  # all of it must be read
         state.load_weights(watched, files.whole)
-        checkpoint.save(Path(run), step, state)
+        saver.begin(step)
+        saved = saver.finish()
+        assert saved is not None and not saved.error
         with engine.gathered_parameters() as model:
             sums = {name: parameter.double().sum().item() for name, parameter in model.named_parameters()}
         results.append({"largest": max(read), "sums": sums})
