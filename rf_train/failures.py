@@ -10,7 +10,7 @@ from contextlib import suppress
 import torch
 import torch.distributed as dist
 
-from data_prep.command import BAD_INPUT, GO_ON, INTERRUPTED, UNFORESEEN, one_line
+from data_prep.command import BAD_INPUT, GO_ON, INTERRUPTED, UNFORESEEN, one_line, printable
 from rf_train.engine.collectives import PeerLost, RunError
 from rf_train.engine.stopping import Stopped
 from rf_train.engine.watching import Watch
@@ -66,7 +66,8 @@ def print_error(error: BaseException, rank: int, watch: Watch) -> None:
     foreseen = isinstance(error, FORESEEN)
     if rank and foreseen and not isinstance(error, (PeerLost, RolloutMismatch, OutOfMemory)):
         time.sleep(5)
-    trace = "" if foreseen else "".join(traceback.format_exception(error))
+    lines = "" if foreseen else "".join(traceback.format_exception(error))
+    trace = "".join(f"{printable(line)}\n" for line in lines.splitlines())
     kind = "" if foreseen else f"{type(error).__name__}: "
     where = f" on rank {rank}" if rank else ""
     watch.fail(f"{trace}error{where}: {kind}{one_line(error)}")

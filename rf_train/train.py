@@ -120,8 +120,11 @@ def train_on(ranks: Ranks, recipe: Recipe, stop: Stop, watch: Watch) -> None:
                 events.step = step + 1
                 saves.after_step(step, metrics["skipped"], not_finite)
                 damage.check()
-                watch.without_limit(f"saving after step {step + 1}")
-                saves.between_steps(step + 1, stop.agreed())
+                watch.at(f"agreeing after step {step + 1}")
+                stopped_by = stop.agreed()
+                if stopped_by or saves.is_due(step + 1):
+                    watch.without_limit(f"saving after step {step + 1}")
+                saves.between_steps(step + 1, stopped_by)
             watch.without_limit("saving at the end")
             saves.at_the_end()
         except (TooManySkippedSteps, TooMuchDamage):  # on all ranks

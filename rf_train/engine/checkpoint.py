@@ -126,7 +126,7 @@ def pointer(run: Path) -> str:
     """What `RUN/latest` says; "" without that file."""
     try:
         return (run / "latest").read_bytes()[:200].decode(errors="replace").strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return ""
 
 
@@ -151,7 +151,10 @@ def prune(run: Path, keep: int, always: set[int]) -> None:
     assert newest is not None
     for step in [step for step in steps_saved(run) if step <= step_of(newest)][:-keep]:
         if step not in always:
-            shutil.rmtree(folder_of_step(run, step))
+            folder = folder_of_step(run, step)
+            removing = folder.with_name(folder.name + MAKING)  # so that a half-removed one is not taken for whole
+            folder.rename(removing)
+            shutil.rmtree(removing)
 
 
 def at_step(run: Path, step: int) -> Path:

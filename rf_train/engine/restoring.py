@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from data_prep.files import is_abandoned
 from rf_train.engine.checkpoint import (
     DAMAGED,
     Damaged,
@@ -34,10 +35,15 @@ def newest_whole(run: Path, go_back: bool, say: Callable[[str, int, str], None])
     def candidates() -> list[int]:
         for folder in leftovers(run):
             shutil.rmtree(folder, ignore_errors=True)
+        for file in run.glob("*.tmp"):
+            if is_abandoned(file):
+                file.unlink(missing_ok=True)
         begin = latest(run)
         if begin is not None and pointer(run) not in ("", begin.name):
             say("note", step_of(begin), f"{run / 'latest'} names no checkpoint; the newest is {begin.name}")
-        return [step for step in reversed(steps_saved(run)) if begin is not None and step <= step_of(begin)]
+        saved = steps_saved(run)[::-1]
+        # A newer one than `latest` names is the last resort: that may be a person's wish to go back.
+        return sorted(saved, key=lambda step: begin is not None and step > step_of(begin))
 
     for step in on_rank_0(candidates):
         folder = folder_of_step(run, step)

@@ -60,7 +60,7 @@ class RunLock:
         while True:
             with locked(self.path.with_name(".lock")):
                 other = _read(self.path)
-                beat = (other.get("token"), other.get("beat")) if other else None
+                beat = (other.get("token"), other.get("beat")) if other is not None else None
                 silent = beat == first_beat and time.monotonic() - begin > silence
                 if other is None or is_dead(other) or silent:
                     self._write(0)
@@ -179,7 +179,7 @@ def read_events(run: Path) -> list[dict]:
         for line in path.read_bytes().splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(row, dict) and isinstance(row.get("event"), str):
                 rows.append(row)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_prep.command import one_line
 from data_prep.files import naming, sync, write_atomic, write_json
 from rf_train.engine.checkpoint import MAKING, folder_of_step, own_hash, prune
 from rf_train.engine.collectives import RunError, current_device, on_rank_0
@@ -142,7 +144,10 @@ class Saver:
 
     def _prune(self, _: Path) -> None:
         """Removes old checkpoints."""
-        prune(self.run, self.keep, self.always)
+        try:
+            prune(self.run, self.keep, self.always)
+        except OSError as error:  # training goes on, and the disk fills
+            print(f"old checkpoints can't be removed: {one_line(error)}", file=sys.stderr, flush=True)
 
     def _name(self, making: Path, entries: list[dict]) -> str:
         """Makes the folder a checkpoint. Returns what failed, or ""."""

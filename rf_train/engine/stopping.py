@@ -17,7 +17,7 @@ from data_prep.command import GO_ON, INTERRUPTED
 from rf_train.engine.collectives import RunError, current_device
 from rf_train.engine.processes import command, parent
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # the last: a terminal that is gone
 LAUNCHER_DIED, FOLDER_LOST = 1001, 1002  # reasons that are no signals
 
 
@@ -45,7 +45,8 @@ class Stop:
         """Notices signals, also while the main thread waits in a collective, and the end of the launcher."""
         read, write = socket.socketpair()
         write.setblocking(False)
-        before = [signal.signal(number, lambda *_: None) for number in SIGNALS]  # a thread acts on them
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores one
+        before = [signal.signal(number, lambda *_: None) for number in heard]  # a thread acts on them
         fd = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
         ended = threading.Event()
         threading.Thread(target=self._hear, args=(read,), name="signals", daemon=True).start()
@@ -57,7 +58,7 @@ class Stop:
         finally:
             ended.set()
             signal.set_wakeup_fd(fd)
-            for number, handler in zip(SIGNALS, before):
+            for number, handler in zip(heard, before):
                 signal.signal(number, handler)
             write.close()  # ends the thread that reads
 

@@ -110,6 +110,18 @@ def test_pointers_to_nothing_and_leftovers(saved, tmp_path):
     assert not list(tmp_path.glob("*/checkpoints/*.making"))
 
 
+def test_a_newer_checkpoint_than_latest_names_is_the_last_resort(saved, tmp_path):
+    """As after a kill between the naming of a checkpoint and that of `latest`."""
+    run = shutil.copytree(saved, tmp_path / "run")
+    first, second = checkpoint.steps_saved(run)[:2]
+    (run / "latest").write_text(checkpoint.folder_of_step(run, first).name)
+    (run / "recipe.yaml.elsewhere.1.tmp").write_text("")
+    flip(checkpoint.folder_of_step(run, first) / "rank-00000.safetensors")
+    [[found, said]] = run_distributed(finds_on_this_rank, 1, runs=[str(run)], go_back=True)[0]
+    assert found == "step-00000020" and [(event, step) for event, step, _ in said] == [("set aside", first)]
+    assert second in checkpoint.steps_saved(run)
+
+
 def test_a_recipe_may_say_that_damage_stops_the_run(saved, tmp_path):
     run = shutil.copytree(saved, tmp_path / "run")
     flip(checkpoint.latest(run) / "rank-00001.safetensors")

@@ -98,6 +98,13 @@ def test_a_lock_that_is_not_readable_is_taken_over_after_a_silence(tmp_path, tex
     assert not (tmp_path / "lock.json").exists()
 
 
+def test_a_job_that_took_over_such_a_lock_is_alive_for_the_next_one(tmp_path):
+    (tmp_path / "lock.json").write_text("{")
+    threading.Timer(1.5, lambda: lock(tmp_path, beat=0)).start()
+    with pytest.raises(ValueError, match="process 4 on elsewhere"):
+        take(tmp_path, silence=1.2, beat=2.0)
+
+
 def test_a_job_whose_folder_is_taken_all_the_same_is_told(tmp_path):
     told = threading.Event()
     mine = RunLock(tmp_path, told.set, beat=0.1)

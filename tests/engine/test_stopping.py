@@ -58,6 +58,17 @@ def test_a_signal_is_a_request_and_several_at_once_are_one(rank, number):
     assert process.returncode == 0
 
 
+def test_a_signal_that_is_ignored_stays_so(rank):
+    """As `nohup` has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = rank("saves", 1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    process.send_signal(signal.SIGHUP)
+    assert process.communicate(timeout=30)[0] == "none\n"
+
+
 def test_a_second_signal_ends_the_process_also_in_a_long_call(rank):
     process, begin = rank("saves", "busy"), time.monotonic()
     process.send_signal(signal.SIGTERM)
