@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rf_train import config, train
+from rf_train import config, start_checks, train
 from rf_train.data import batches
 from rf_train.diffusion.histories import Autoregressive, make_history
 from rf_train.diffusion.loss import training_loss
@@ -93,7 +93,7 @@ def test_in_bf16_losses_stay_near(plain_run, tmp_path, file):
 def count_attention_on_this_rank(recipe: dict) -> int:
     """How often the training passes, forward and backward, run attention."""
     calls, merge = [], attention.merged_attention
-    train.self_test = lambda *_: None
+    start_checks.self_test = lambda *_: None
     attention.merged_attention = lambda *arguments: calls.append(1) or merge(*arguments)
     train_on_this_rank(recipe)
     return len(calls)
@@ -284,7 +284,7 @@ def roll_out_differently_on_this_rank(recipe: dict, kind: str) -> str:
             return super().rollout_passes(sizes) * (1 + int(os.environ["RANK"]))
 
     assert {SkipsPasses, AddsPasses, NeedsItOnOneRank, DeclaresOthers}
-    train.check_history = lambda *_: None  # it would find some of them at the start
+    start_checks.check_history = lambda *_: None  # it would find some of them at the start
     recipe["stages"] = [{**recipe["stages"][1], "history": kind}]
     try:
         train.train(config.from_dict(recipe))
