@@ -11,9 +11,10 @@ import json
 import os
 import random
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -143,14 +144,25 @@ def list_remote(tars: Sequence[Place], names: list[str], listings: Path | None) 
     if taken and not any(path.exists() for path in kept.values()):
         kept = {}  # another dataset, or one whose lists are gone: nothing is written into it
     order = random.SystemRandom().sample(range(len(tars)), len(tars))
-    with ThreadPoolExecutor(LISTERS) as pool:
-        try:
-            jobs = {number: pool.submit(list_one, tars[number], kept.get(tars[number])) for number in order}
-            bar = tqdm(range(len(tars)), desc="list", unit="tar", leave=False, disable=None)
-            found = [jobs[number].result() for number in bar]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    jobs: list[Future[list[Row]]] = [Future() for _ in tars]
+
+    def work() -> None:
+        while True:
+            try:
+                number = order.pop()
+            except IndexError:  # nothing is left
+                return
+            try:
+                jobs[number].set_result(list_one(tars[number], kept.get(tars[number])))
+            except Exception as error:
+                jobs[number].set_exception(error)
+
+    for _ in range(min(LISTERS, len(tars))):  # daemons: who is interrupted does not wait for a server that is away
+        threading.Thread(target=work, name="lister", daemon=True).start()
+    try:
+        found = [job.result() for job in tqdm(jobs, desc="list", unit="tar", leave=False, disable=None)]
+    finally:
+        order.clear()
     return [[replace(row, source=as_utf8(name) + row.source) for row in rows] for name, rows in zip(names, found)]
 
 

@@ -169,6 +169,28 @@ def test_encoding_waits_for_a_server_that_is_away(server, tmp_path, capsys, monk
     assert said.count(f"{host}: not reachable") == 1 and said.count(f"{host}: back after") == 1
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_sigterm_ends_a_job_that_waits_for_a_server(server, tmp_path, listed):
+    """While it lists the tars, and while it copies a video."""
+    out, address = tmp_path / "data", f"{server.address}/clips/{{000..002}}.tar"
+    assert run(f"{server.folder}/clips/000.tar", tmp_path / "codec") == 0
+    if listed:
+        list_source(address, out)
+    server.fault = lambda path: 503 if not listed or server.asked[-1][1] != "bytes=0-0" else None
+    command = [sys.executable, "-m", "data_prep.encode", address, str(out), "--size", "32x48", "--frames", "5"]
+    command += ["--codec", f"default:{tmp_path / 'codec'}", "--workers", "2"]
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert job.stderr
+    for line in job.stderr:
+        if "not reachable (HTTP 503); trying again" in line:
+            break
+    began = time.monotonic()
+    job.send_signal(signal.SIGTERM)
+    said = job.communicate()[1]
+    assert job.returncode == 75 and "the same command goes on" in said
+    assert time.monotonic() - began < 15
+
+
 def test_a_server_that_stays_away_ends_the_job_and_fails_no_video(server, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(places, "PATIENCE", 0.5)
     out, address = tmp_path / "data", f"{server.address}/clips/{{000..002}}.tar"
