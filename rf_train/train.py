@@ -102,7 +102,7 @@ def train_on(ranks: Ranks, recipe: Recipe, stop: Stop, watch: Watch) -> None:
         log = RunLog(recipe, first, ranks.rank)
         log.print_line(describe(recipe, engine, state, first))
         saves, damage = Saves(recipe, state, events, log), DamageLog(recipe.run.out, recipe.data.max_damaged)
-        stop.saves = True
+        stop.saves, watch.on_leaving = True, lambda why: events.write("end", events.step, why=why)
         try:
             for step, stage, batches, waited in timed_steps(recipe, datasets, first, engine, watch):
                 engine.set_batch(stage.batch)

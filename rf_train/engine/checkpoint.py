@@ -4,6 +4,7 @@
         rank-00000.safetensors   master/NAME, exp_avg/NAME, exp_avg_sq/NAME, ema/NAME: flat fp32 fragments
         manifest.json            step, world size, parameter shapes, size and sha256 of every file, and its own hash
     RUN/checkpoints/step-00000400.damaged                  set aside, because it isn't what was saved
+    RUN/checkpoints/step-00000600.aside                    set aside, because the run went back behind it
     RUN/latest                                             the name of the checkpoint to go on from
 
 Under ZeRO-3, rank r of W holds elements [r n, (r + 1) n) of each flattened parameter, n = ceil(numel / W); the last
@@ -26,7 +27,7 @@ from data_prep.card import card_hash as own_hash
 from data_prep.files import sha256_of_file
 
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
-MAKING, DAMAGED = ".making", ".damaged"  # ends of the names of folders that are no checkpoints
+MAKING, DAMAGED, ASIDE = ".making", ".damaged", ".aside"  # ends of the names of folders that are no checkpoints
 _MANIFEST_KEYS = {"step", "world_size", "optimizer_steps", "average_steps", "shapes", "files"}
 
 

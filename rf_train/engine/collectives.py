@@ -113,7 +113,9 @@ def naming_lost_peers() -> Iterator[None]:
     except RuntimeError as error:
         said = str(error)
         if _LOST.search(said) or ("nccl" in said.lower() and _LOST_NCCL.search(said)):
-            reason = " ".join(said.split("Exception raised from")[0].split())  # without C++'s stack
+            reason = " ".join(
+                re.split("Exception raised from|This is typically", said)[0].split()
+            )  # without C++'s stack
             lost = "another rank has stopped, or the network failed; see that rank's own error, if it printed one"
             raise PeerLost(f"{lost} ({reason})") from error
         raise

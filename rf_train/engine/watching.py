@@ -33,6 +33,7 @@ class Watch:
         self.hang_timeout = hang_timeout
         self._place, self._since, self._allowed = "start", time.monotonic(), float("inf")
         self._ended, self._failed = threading.Event(), threading.Event()
+        self.on_leaving: Callable[[str], object] = lambda why: None  # is told why this rank ends
         self._store: dist.Store | None = None
         self._beat = 0
 
@@ -80,7 +81,8 @@ class Watch:
             now = time.monotonic()
             if now - looked > 5 * self.interval:  # this process was suspended, and perhaps all of them
                 self._since = min(now, self._since + now - looked)
-            if self._failed.is_set() and not self._ended.is_set():  # that rank has said why
+            if self._failed.is_set() and not self._ended.is_set():
+                self.on_leaving("error: on another rank, which has said why")
                 os._exit(LEFT)
             for rank, pid in self._neighbours.items():
                 if started(pid) is None and not self._failed.wait(2 * self.interval) and not self._ended.is_set():
@@ -153,6 +155,7 @@ class Watch:
         return f"{waited}: {'; '.join(told)}"
 
     def _leave(self, why: str) -> None:
+        self.on_leaving(f"error: {why}")
         self.fail(f"error on rank {self.ranks.rank}: {why}")
         os._exit(LEFT)
 

@@ -104,9 +104,13 @@ def test_pointers_to_nothing_and_leftovers(saved, tmp_path):
         **dict.fromkeys(POINTERS, "step-00000020"), "back": "step-00000013",
     }  # fmt: skip
     assert {name: len(said) for name, (_, said) in found.items()} == {
-        "none": 0, "empty": 0, "nothing": 1, "not text": 1, "back": 0,
+        "none": 1, "empty": 1, "nothing": 1, "not text": 1, "back": 1,
     }  # fmt: skip
     assert "names no checkpoint" in found["nothing"][1][0][2]
+    _, step, why = found["back"][1][0]
+    newer = [step for step in checkpoint.steps_saved(saved) if step > 13]
+    assert step == 13 and all(f"step-{one:08d}.aside" in why for one in newer) and newer
+    assert checkpoint.steps_saved(tmp_path / "back")[-1] == 13
     assert not list(tmp_path.glob("*/checkpoints/*.making"))
 
 
