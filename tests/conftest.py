@@ -20,6 +20,7 @@ from rf_train.diffusion.batch import Batch
 from rf_train.diffusion.flow_matching import spread_over_frames
 from rf_train.diffusion.histories import History
 from rf_train.diffusion.randomness import LOSS_DRAWS, make_draws
+from rf_train.model.elementwise import compiled
 from rf_train.model.settings import ModelSettings
 from rf_train.model.transformer import CausalWan
 from rf_train.settings import to_plain
@@ -30,6 +31,13 @@ if not torch.cuda.is_available():
 
 CPU = torch.device("cpu")
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.fixture(autouse=True)
+def not_compiled():
+    """Every test begins without compiled functions: a command that ran in this process may have turned them on."""
+    with compiled(False):
+        yield
 
 
 @pytest.fixture(params=DEVICES)
