@@ -182,7 +182,7 @@ def test_evaluation_and_the_report(walked):
     assert "exists already" in succeed_here("rf_train.evaluate", "runs/r", *EVALUATION, folder=here)
     succeed("rf_train.report", "runs/r", "runs/r", folder=here)
     page = (here / "runs/r/report.html").read_text()
-    assert page.count("<video") == page.count("data:video/mp4;base64,") == 12 and page.count("<svg") == 4
+    assert page.count("<video") == page.count("data:video/mp4;base64,") == 12 and page.count("<svg") == 5
     assert "Which chunks routing chooses" in page  # its last stage is routed, and so is its generation
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)[^"']*""", page)
 
