@@ -24,7 +24,7 @@ import numpy as np
 
 from data_prep.cuts import frames_of_cuts, mark_cuts
 from data_prep.places import Place
-from data_prep.tars import Region
+from data_prep.tars import Region, video_at
 from data_prep.video import Problem, VideoError, declared_seconds, picture_size, read_frames
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -60,10 +60,7 @@ class Span:
     @property
     def video(self) -> Path | Region:
         """What `read_frames` reads, if it is local."""
-        if self.region:
-            return Region(self.path, *self.region)
-        assert isinstance(self.path, Path)  # only shards are remote
-        return self.path
+        return video_at(self.path, self.region)
 
 
 def serve(requests: BinaryIO, answers: BinaryIO, memory_gib: float) -> None:

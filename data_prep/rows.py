@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.places import Place, Remote
-from data_prep.tars import Region
+from data_prep.tars import Region, video_at
 from data_prep.video import Problem
 
 SUFFIXES = frozenset(
@@ -36,10 +36,7 @@ class Row:
     @property
     def video(self) -> Path | Region:
         """Where its bytes are."""
-        if self.region:
-            return Region(self.path, *self.region)
-        assert isinstance(self.path, Path)  # only shards are remote
-        return self.path
+        return video_at(self.path, self.region)
 
     @property
     def trouble(self) -> Problem | None:

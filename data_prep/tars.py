@@ -43,13 +43,10 @@ class Region:
             at += len(piece)
 
 
-class RegionFile(io.RawIOBase):
-    """A region of a file, read-only, with positions from 0. It ends early where the file itself does."""
+class _ReadOnly(io.RawIOBase):
+    """A file to read, with a position `_at`."""
 
-    def __init__(self, region: Region):
-        assert isinstance(region.path, Path)
-        self._region, self._at = region, 0
-        self._file = io.FileIO(region.path)
+    _at = 0
 
     def readable(self) -> bool:
         return True
@@ -59,6 +56,15 @@ class RegionFile(io.RawIOBase):
 
     def tell(self) -> int:
         return self._at
+
+
+class RegionFile(_ReadOnly):
+    """A region of a file, read-only, with positions from 0. It ends early where the file itself does."""
+
+    def __init__(self, region: Region):
+        assert isinstance(region.path, Path)
+        self._region = region
+        self._file = io.FileIO(region.path)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._region.size}[whence]
@@ -76,6 +82,14 @@ class RegionFile(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+def video_at(path: Path | Remote, region: tuple[int, int] | None) -> Path | Region:
+    """A video: a local file, or the region (offset, size) of one, which may be remote."""
+    if region:
+        return Region(path, *region)
+    assert isinstance(path, Path)  # only shards are remote
+    return path
 
 
 @contextlib.contextmanager
@@ -99,20 +113,11 @@ def opened_here(video: Path | Region, go_on: Callable[[], None] = lambda: None) 
         yield Region(Path(f"/proc/{os.getpid()}/fd/{file.fileno()}"), 0, file.tell())
 
 
-class _RemoteFile(io.RawIOBase):
+class _RemoteFile(_ReadOnly):
     """A remote file, read-only."""
 
     def __init__(self, place: Remote):
-        self._place, self._at = place, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
+        self._place = place
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         assert whence != os.SEEK_END

@@ -23,7 +23,8 @@ _LOST = re.compile(r"(closed|reset) by peer|connection was likely closed", re.IG
 _LOST_NCCL = re.compile(
     r"remote process exited|connection closed|unhandled system error|communicator was aborted|watchdog", re.IGNORECASE
 )
-
+# Where C++'s stack, or gloo's advice, begins.
+_STACK = re.compile(r"Exception raised from| This is typically")
 
 T = TypeVar("T")
 
@@ -113,9 +114,7 @@ def naming_lost_peers() -> Iterator[None]:
     except RuntimeError as error:
         said = str(error)
         if _LOST.search(said) or ("nccl" in said.lower() and _LOST_NCCL.search(said)):
-            reason = " ".join(
-                re.split("Exception raised from|This is typically", said)[0].split()
-            )  # without C++'s stack
+            reason = " ".join(_STACK.split(said)[0].split())
             lost = "another rank has stopped, or the network failed; see that rank's own error, if it printed one"
             raise PeerLost(f"{lost} ({reason})") from error
         raise

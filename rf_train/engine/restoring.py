@@ -30,8 +30,7 @@ def newest_whole(run: Path, go_back: bool, say: Callable[[str, int, str], None])
 
     It is the one that `RUN/latest` names; when that is no checkpoint, the newest. With `go_back`, a damaged one is
     renamed, `say(event, step, why)` is told on rank 0, and the one before it taken. Else it raises Damaged. Newer ones
-    than the one that is taken are renamed, too: the run is about to make them again. Folders of
-    checkpoints that were never finished are removed.
+    than the one that is taken are renamed, too: the run is about to make them again. Unfinished ones are removed.
     """
 
     def candidates() -> list[int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_prep import default_codec, encode, survey
+from data_prep import encode, survey
 from data_prep.buckets import mixture, nearest_bucket, parse_buckets
 from data_prep.card import read_card
 from data_prep.decoder import Decoders
@@ -28,14 +28,11 @@ from tests.data_prep.test_encode import failures, samples
 from tests.data_prep.test_tars import pack
 from tests.data_prep.test_video import write, write_sound
 
+pytestmark = pytest.mark.usefixtures("quick_fit")
+
 WIDE, TALL, SQUARE = "32x48", "48x32", "32x32"
 ARGUMENTS = ["--frames", "5", "--samples-per-shard", "3", "--videos-per-part", "2"]
 BUCKETS = ["--buckets", f"{WIDE},{TALL},{SQUARE}"]
-
-
-@pytest.fixture(autouse=True)
-def quick_fit(monkeypatch):
-    monkeypatch.setattr(default_codec, "STEPS", 5)
 
 
 @pytest.fixture

@@ -5,18 +5,15 @@ import shutil
 
 import pytest
 
-from data_prep import default_codec, survey
+from data_prep import survey
 from data_prep.card import read_card
 from tests.data_prep.test_encode import content, failures, run, samples
 from tests.data_prep.test_tars import pack
 from tests.data_prep.test_video import write
 
+pytestmark = pytest.mark.usefixtures("quick_fit")
+
 DROP = ["--drop-duplicates", "--videos-per-part", "1"]
-
-
-@pytest.fixture(autouse=True)
-def quick_fit(monkeypatch):
-    monkeypatch.setattr(default_codec, "STEPS", 5)
 
 
 @pytest.fixture

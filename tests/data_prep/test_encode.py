@@ -23,10 +23,7 @@ from data_prep.verify import verify
 from data_prep.video import read_frames, write_video
 from tests.data_prep.test_video import picture, write, write_sound
 
-
-@pytest.fixture(autouse=True)
-def quick_fit(monkeypatch):
-    monkeypatch.setattr(default_codec, "STEPS", 5)
+pytestmark = pytest.mark.usefixtures("quick_fit")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from data_prep import default_codec, places
+from data_prep import places
 from data_prep.rows import fingerprints
 from data_prep.sources import list_source
 from data_prep.survey import hashes
@@ -20,12 +20,7 @@ from tests.data_prep.test_tars import pack
 from tests.data_prep.test_video import write
 from tests.servers import needs_aiohttp, served
 
-pytestmark = needs_aiohttp
-
-
-@pytest.fixture(autouse=True)
-def quick_fit(monkeypatch):
-    monkeypatch.setattr(default_codec, "STEPS", 5)
+pytestmark = [needs_aiohttp, pytest.mark.usefixtures("quick_fit")]
 
 
 @pytest.fixture
