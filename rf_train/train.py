@@ -244,8 +244,7 @@ def checkpoint_to_go_on_from(recipe: Recipe, events: Events) -> tuple[Path, dict
     found = newest_whole(out, recipe.run.on_damage == "go_back", say)
     if found:
         return found
-    saved = [row for row in read_events(out) if row["event"] == "saved"]
-    if on_rank_0(lambda: checkpoint.was_saved(out) or bool(saved)):
+    if on_rank_0(lambda: checkpoint.was_saved(out) or any(row["event"] == "saved" for row in read_events(out))):
         raise ValueError(
             f"{out}: it was saved before, and no whole checkpoint is left. Bring one back into {out / 'checkpoints'}, "
             "or train into another folder (run.out)"
