@@ -3,7 +3,6 @@
 import os
 import shlex
 import sys
-import time
 import traceback
 from contextlib import suppress
 
@@ -44,7 +43,7 @@ def report_failure(error: BaseException, rank: int, watch: Watch, recipe: list[s
     if isinstance(error, torch.cuda.OutOfMemoryError):
         error = OutOfMemory(out_of_memory_message(error, recipe))
     print_error(error, rank, watch)
-    return BAD_INPUT if isinstance(error, FORESEEN) else UNFORESEEN
+    return BAD_INPUT if isinstance(error, FORESEEN) and not isinstance(error, PeerLost) else UNFORESEEN
 
 
 def out_of_memory_message(error: torch.cuda.OutOfMemoryError, recipe: list[str]) -> str:
@@ -64,8 +63,9 @@ def print_error(error: BaseException, rank: int, watch: Watch) -> None:
     Rank 0 prints an error that all ranks share. The others wait for it first, and the launcher may end them meanwhile.
     """
     foreseen = isinstance(error, FORESEEN)
-    if rank and foreseen and not isinstance(error, (PeerLost, RolloutMismatch, OutOfMemory)):
-        time.sleep(5)
+    shared = foreseen and not isinstance(error, (PeerLost, RolloutMismatch, OutOfMemory))
+    if shared and rank and watch.a_peer_fails(5.0):
+        return
     lines = "" if foreseen else "".join(traceback.format_exception(error))
     trace = "".join(f"{printable(line)}\n" for line in lines.splitlines())
     kind = "" if foreseen else f"{type(error).__name__}: "

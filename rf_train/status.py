@@ -41,7 +41,7 @@ def loss_text(status: Status) -> str:
 def checkpoint_text(found: Checkpoint | None) -> str:
     if found is None:
         return "none"
-    sound = "verified" if found.check == "sha256" else "sizes right"
+    sound = "verified" if found.check == "sha256" else "whole by its sizes"
     return f"step {found.step}, " + ("DAMAGED" if found.damage else f"{duration(found.age)} old, {sound}")
 
 
@@ -60,7 +60,8 @@ def block(status: Status) -> str:
     if status.seconds_per_step is not None:
         speed = f"{status.seconds_per_step:.3g} s per step"
         lines["speed"] = speed + (f", {status.samples_per_s:.3g} samples/s" if status.samples_per_s else "")
-        lines["time left"] = f"{duration(status.seconds_left)} at this speed"
+        if status.seconds_left:
+            lines["time left"] = f"{duration(status.seconds_left)} of training at this speed"
     since = f" (against the {RECENT} steps before)" if status.loss_change is not None else ""
     lines["loss"] = loss_text(status) + since
     lines["checkpoint"] = checkpoint_text(status.checkpoint)

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -85,8 +86,10 @@ def train_on(ranks: Ranks, recipe: Recipe, stop: Stop, watch: Watch) -> None:
         deepspeed=complete_settings(recipe, ranks.device.type, ranks.world_size),
         data={name: dataset.summary() for name, dataset in datasets.items()},
     )
-    with one_writer(Path(recipe.run.out), ranks.rank, lambda: stop.ask(FOLDER_LOST)) as events, naming_lost_peers():
+    out, lost = Path(recipe.run.out), lambda: stop.ask(FOLDER_LOST)
+    with one_writer(out, ranks.rank, lost, watch.reason) as events, naming_lost_peers():
         found = checkpoint_to_go_on_from(recipe, events)
+        on_rank_0(lambda: check_stages(recipe, found[1]["step"] if found else 0))
         cases = planned_cases(recipe, datasets, ranks)
         check_memory(cases, ranks.rank)
         engine = build_engine(recipe, ranks)
@@ -102,7 +105,7 @@ def train_on(ranks: Ranks, recipe: Recipe, stop: Stop, watch: Watch) -> None:
         log = RunLog(recipe, first, ranks.rank)
         log.print_line(describe(recipe, engine, state, first))
         saves, damage = Saves(recipe, state, events, log), DamageLog(recipe.run.out, recipe.data.max_damaged)
-        stop.saves, watch.on_leaving = True, lambda why: events.write("end", events.step, why=why)
+        stop.saves, watch.on_leaving = True, events.end
         try:
             for step, stage, batches, waited in timed_steps(recipe, datasets, first, engine, watch):
                 engine.set_batch(stage.batch)
@@ -114,8 +117,8 @@ def train_on(ranks: Ranks, recipe: Recipe, stop: Stop, watch: Watch) -> None:
                 metrics |= {"lr": engine.learning_rate, "data_wait_s": waited}
                 report_damage(step + 1, batches, stage.batch, metrics["damaged"], damage, log)
                 if evaluation and evaluation.is_due(step + 1):
-                    watch.without_limit(f"evaluation after step {step + 1}")
-                    metrics["evaluation"] = evaluation.evaluate(step + 1, state)
+                    at = partial(watch.at, f"evaluation after step {step + 1}", LONGEST_START)
+                    metrics["evaluation"] = evaluation.evaluate(step + 1, state, at)
                 log.log(step, stage.name, stage.batch, metrics)
                 events.step = step + 1
                 saves.after_step(step, metrics["skipped"], not_finite)
@@ -135,7 +138,7 @@ def train_on(ranks: Ranks, recipe: Recipe, stop: Stop, watch: Watch) -> None:
             log.close(failed=True)
             raise
         log.close()
-        events.write("end", recipe.steps, why="finished")
+        events.end("finished")
 
 
 def timed_steps(
@@ -279,6 +282,22 @@ def finished(recipe: Recipe) -> bool:
         return False
 
 
+def check_stages(recipe: Recipe, done: int) -> None:
+    """Raises ValueError when steps that are done would belong to another stage than the one that trained them."""
+    path = Path(recipe.run.out) / "recipe.yaml"
+    try:
+        before = config.load(path) if path.is_file() else recipe
+    except ValueError:  # `write_recipe` says it
+        return
+    was, now = ([span.end for span in one.stage_spans if span.end < done] for one in (before, recipe))
+    if was != now:
+        raise ValueError(
+            f"{recipe.run.out}: {done} steps are done, in stages that ended after {was or 'none'} of them; by this "
+            f"recipe they end after {now or 'none'}. Keep the length of stages that are over, and lengthen the last "
+            "one or append one; or train into another folder (run.out)"
+        )
+
+
 def write_recipe(recipe: Recipe) -> None:
     """Writes the complete recipe into the run's folder. Prints what has changed since the run began."""
     out = Path(recipe.run.out)
@@ -295,13 +314,12 @@ def recipe_changes(path: Path, new: dict) -> list[tuple[str, object, object]]:
 
     A setting that is missing in the file had its default.
     """
-    old = config.read_plain(path)
     try:
-        old = config.to_dict(config.from_dict(old))
-    except ValueError as error:  # written by another version
-        print(f"{path} was written by another version ({error})", file=sys.stderr)
+        old = config.load(path)
+    except ValueError as error:
+        print(f"what has changed since this run began is not known: {error}", file=sys.stderr)
         return []
-    return differences(old, new)
+    return differences(config.to_dict(old), new)
 
 
 def describe(recipe: Recipe, engine: Engine, state: TrainingState, first: int) -> str:

@@ -6,7 +6,7 @@ import yaml
 from rf_train import config
 from rf_train.diffusion.histories import Autoregressive, Clean, Noise
 from rf_train.model.chunks import Dense, Routed, Window
-from rf_train.train import recipe_changes, write_recipe
+from rf_train.train import check_stages, recipe_changes, write_recipe
 
 
 @pytest.fixture
@@ -205,7 +205,28 @@ def test_a_recipe_of_another_version_is_told_in_one_line(tmp_path, capsys):
     path.write_text(yaml.safe_dump({**whole, "optimizer": {"clip": 1.0}}))
     assert recipe_changes(path, whole) == []
     told = capsys.readouterr().err
-    assert "written by another version (optimizer.clip: unknown setting)" in told and told.count("\n") == 1
+    assert "is not known: " in told and "optimizer.clip: unknown setting" in told and told.count("\n") == 1
+
+
+def test_stages_that_are_over_keep_their_length(tmp_path):
+    """Otherwise steps that were trained in one stage would count as another's."""
+    _, whole = saved_recipe(tmp_path)
+    first, second = (stage["steps"] for stage in whole["stages"])
+
+    def told(done: int, *lengths: int) -> str:
+        stages = [{**whole["stages"][0], "name": str(index), "steps": steps} for index, steps in enumerate(lengths)]
+        try:
+            check_stages(config.from_dict({**whole, "stages": stages}), done)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    assert not told(first, first + 5, second)  # the stage that goes on
+    assert not told(first + 1, first, second + 5) and not told(first + second, first, second + 5)
+    assert not told(first + second, first, second, 7)
+    assert f"ended after [{first}] of them" in told(first + 1, first + 5, second)
+    assert f"ended after [{first}] of them" in told(first + 1, first + second)
+    assert "ended after none of them" in told(first - 1, first - 5, second)
 
 
 @pytest.mark.parametrize("setting", ["data.train", "data.evaluation", "stages.0.data"])

@@ -177,7 +177,7 @@ def errors_of_entering(folders: list[str]) -> list[str]:
     start_ranks()
     said = []
     for folder in folders:
-        with pytest.raises(OSError) as caught, one_writer(Path(folder), int(os.environ["RANK"]), lambda: None):
+        with pytest.raises(OSError) as caught, one_writer(Path(folder), int(os.environ["RANK"]), lambda: None, str):
             pass
         said.append(one_line(caught.value))
     return said
@@ -237,6 +237,7 @@ def test_only_a_rank_that_ends_well_waits_for_its_peers(ended, capsys):
     assert ended(ValueError("no\nluck")) == (2, False)
     assert capsys.readouterr().err == "error: no luck\n"
     assert ended(SystemExit(0)) == (1, False)  # raised by a library
+    assert ended(PeerLost("rank 3 is gone")) == (1, False)  # nothing is wrong with the input
 
 
 def test_an_unforeseen_error_has_its_traceback_and_its_rank(ended, capsys):
@@ -397,7 +398,7 @@ def test_when_a_rank_is_killed_the_other_says_so_in_one_line_and_leaves(plain_ru
         for process in ranks:
             process.kill()
             process.wait()
-    assert ranks[0].returncode == 2
+    assert ranks[0].returncode == 1
     assert said.splitlines()[-1].startswith("error: another rank has stopped") and "Traceback" not in said
 
 

@@ -62,7 +62,7 @@ def start_ranks(patience: float = 0.0) -> Ranks:
     """Joins the ranks that the launcher started. Without a launcher, this process is the only rank.
 
     `patience`: seconds that a rank may wait for its data while its peers wait for it in a collective. Raises
-    ValueError when there are GPUs, and none that this rank can use.
+    ValueError when there are GPUs, and none that this rank can use; RunError when the port to meet at is taken.
     """
     if "RANK" not in os.environ:
         alone = {
@@ -92,7 +92,13 @@ def start_ranks(patience: float = 0.0) -> Ranks:
         __compatible_ops__["deepspeed_shm_comm"] = False  # else the first run compiles it for over a minute
     backend = "nccl" if on_gpu else "gloo"
     timeout = timedelta(minutes=30, seconds=patience)
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    try:
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    except dist.DistNetworkError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = " ".join(_STACK.split(str(error))[0].split())
+        another = "If another job uses this port, name a free one: deepspeed --master_port PORT"
+        raise RunError(f"the ranks can't meet at {address} ({reason}). {another}") from error
     if not on_gpu:
         torch.set_num_threads(threads_of_rank())
     return Ranks(dist.get_rank(), dist.get_world_size(), device)

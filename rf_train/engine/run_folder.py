@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from data_prep.command import one_line, printable
+from data_prep.command import printable
 from data_prep.files import locked, write_json
 from rf_train.engine.collectives import on_rank_0
 from rf_train.engine.processes import machine, started
@@ -87,11 +87,6 @@ class RunLock:
         write_json(self.path, {**self._own, "beat": beat})
 
 
-def _short(error: BaseException) -> str:
-    """What an error says, without what a library said to it in brackets."""
-    return one_line(error).split(" ([")[0][:500] or type(error).__name__
-
-
 def owner(lock: dict) -> str:
     """The job of a lock, in words."""
     job = f", Slurm job {lock['job']}" if lock.get("job") else ""
@@ -129,6 +124,12 @@ class Events:
 
     def __init__(self, run: Path, active: bool):
         self.path, self.active, self.step = run / "events.jsonl", active, 0
+        self._ending = threading.Lock()
+
+    def end(self, why: str) -> None:
+        """Lists how the run has ended. The first reason counts: threads may see an end in several ways."""
+        if self._ending.acquire(blocking=False):
+            self.write("end", self.step, why=why)
 
     def write(self, event: str, step: int, **more: object) -> None:
         """A line: what happened, when (UTC), after how many steps. A full disk is no reason to stop."""
@@ -148,10 +149,13 @@ class Events:
 
 
 @contextmanager
-def one_writer(run: Path, rank: int, on_lost: Callable[[], object]) -> Iterator[Events]:
+def one_writer(
+    run: Path, rank: int, on_lost: Callable[[], object], reason: Callable[[BaseException], str]
+) -> Iterator[Events]:
     """Keeps other jobs out of a run's folder meanwhile, and yields the list of its events. A collective at its start.
 
-    Raises ValueError, on every rank, when another job is alive there. At the end it lists how the run has ended.
+    Raises ValueError, on every rank, when another job is alive there. At the end it lists how the run has ended;
+    `reason` gives an error's words.
     """
     locks: list[RunLock] = []
 
@@ -164,8 +168,7 @@ def one_writer(run: Path, rank: int, on_lost: Callable[[], object]) -> Iterator[
     try:
         yield events
     except BaseException as error:
-        why = error.why if isinstance(error, Stopped) else f"error: {_short(error)}"
-        events.write("end", events.step, why=why)
+        events.end(error.why if isinstance(error, Stopped) else reason(error))
         raise
     finally:
         for lock in locks:

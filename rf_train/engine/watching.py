@@ -16,7 +16,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from rf_train.engine.collectives import Ranks
+from data_prep.command import one_line
+from rf_train.engine.collectives import PeerLost, Ranks
 from rf_train.engine.processes import machine, started
 
 T = TypeVar("T")
@@ -66,12 +67,27 @@ class Watch:
     def fail(self, text: str) -> None:
         """Prints what has ended this rank, unless a peer has failed before, and tells the peers, which leave."""
         self.close()
-        if self._asked(lambda store: store.add("failed", 1) > 1):
+        if self._asked(lambda store: self._is_first(store, text)) is False:
             return
         with suppress(OSError):  # who read it is gone
             print(text, file=sys.stderr, flush=True)
         if self._store is not None and self.ranks.rank == 0:
             time.sleep(2 * self.interval)  # the store ends with rank 0: peers hear of it first
+
+    def a_peer_fails(self, seconds: float) -> bool:
+        """Waits until a peer has failed, and so has said why. False when none has after so many seconds."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if (self._asked(lambda store: store.add("failed", 0)) or 0) > 0:
+                return True
+            time.sleep(self.interval / 8)
+        return False
+
+    def reason(self, error: BaseException) -> str:
+        """What has ended the run, in one line: the error of the rank that failed, where a peer lost it."""
+        if isinstance(error, PeerLost) and self._failed.wait(3 * self.interval):
+            return self._failure()
+        return f"error: {short(error)}"
 
     # ---- the threads
 
@@ -82,7 +98,7 @@ class Watch:
             if now - looked > 5 * self.interval:  # this process was suspended, and perhaps all of them
                 self._since = min(now, self._since + now - looked)
             if self._failed.is_set() and not self._ended.is_set():
-                self.on_leaving("error: on another rank, which has said why")
+                self.on_leaving(self._failure())
                 os._exit(LEFT)
             for rank, pid in self._neighbours.items():
                 if started(pid) is None and not self._failed.wait(2 * self.interval) and not self._ended.is_set():
@@ -118,6 +134,19 @@ class Watch:
             thread.start()
             thread.join(self.answer)
         return found[0] if found else None
+
+    def _is_first(self, store: dist.Store, text: str) -> bool:
+        """Whether no other rank has failed before this one. Then its last line is there for all to read."""
+        if store.add("failures", 1) > 1:
+            return False
+        store.set("failure", text.splitlines()[-1])
+        store.add("failed", 1)
+        return True
+
+    def _failure(self) -> str:
+        """What the rank that failed has said."""
+        said = self._asked(lambda store: store.get("failure").decode(errors="replace"))
+        return (said or "error: on another rank, which has said why")[:500]
 
     def _publish(self) -> None:
         assert self._store is not None
@@ -158,6 +187,11 @@ class Watch:
         self.on_leaving(f"error: {why}")
         self.fail(f"error on rank {self.ranks.rank}: {why}")
         os._exit(LEFT)
+
+
+def short(error: BaseException) -> str:
+    """What an error says, without what a library said to it in brackets."""
+    return one_line(error).split(" ([")[0][:500] or type(error).__name__
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
@@ -42,8 +42,10 @@ class TrainingEvaluation:
         """Whether to evaluate after `done` steps."""
         return done % self.recipe.evaluation.every == 0
 
-    def evaluate(self, done: int, state: TrainingState) -> dict:
+    def evaluate(self, done: int, state: TrainingState, progress: Callable[[], object] = lambda: None) -> dict:
         """Evaluates the average after `done` steps. A collective. Returns the same on every rank.
+
+        It calls `progress` before each chunk.
 
         {"clips", "seconds" that it took, "segments_seconds", by segment each metric's mean over clips, and after a
         routed stage "routing", see `RoutingChoices.summary`; ranks that share clips count their heads together}
@@ -54,7 +56,8 @@ class TrainingEvaluation:
         choices = RoutingChoices(engine.settings.layers, heads, chunks)
         with counted_choices(choices), state.averaged_weights():
             for indices in self._batches():
-                for index, (row, _) in zip(indices, self.videos.continued(self._sampler(done), indices)):
+                sampler = self._sampler(done, progress)
+                for index, (row, _) in zip(indices, self.videos.continued(sampler, indices)):
                     rows.append(json.dumps({"index": index, **row}))
         by_clip = {row["index"]: row for row in map(json.loads, gather_lines(rows))}
         choices.by_distance, choices.first = (
@@ -77,7 +80,7 @@ class TrainingEvaluation:
         own = [(engine.replica + turn * engine.replicas) % clips for turn in range(turns)]
         return [own[begin : begin + size] for begin in range(0, len(own), size)]
 
-    def _sampler(self, done: int) -> Sampler:
+    def _sampler(self, done: int, progress: Callable[[], object]) -> Sampler:
         """Samples with the engine, with the attention that fits the lengths trained so far."""
         recipe, engine = self.recipe, self.engine
         spans = [span for span in recipe.stage_spans if span.begin < done]
@@ -89,6 +92,9 @@ class TrainingEvaluation:
             request = VideoRequest.like(card, recipe.model, device, texts, frames, seeds, given)
             passes = count_passes(engine.chunking, recipe.flow, frames, given.shape[2])
             with engine.rollout(passes, recipe.run.gather_for_rollout) as model:
-                yield from sample_chunks(model, request, recipe.flow, attention)
+                progress()
+                for chunk in sample_chunks(model, request, recipe.flow, attention):
+                    yield chunk
+                    progress()
 
         return sampler

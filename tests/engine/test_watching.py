@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,8 @@ from tests.distributed import PROJECT, free_port, rank_environment
 RANK = """
 import os, signal, subprocess, sys, time
 import torch.distributed as dist
-from rf_train.engine.collectives import start_ranks
+from rf_train.engine.collectives import PeerLost, start_ranks
+from rf_train.failures import print_error
 from rf_train.engine.watching import Watch
 what, rank = sys.argv[1], int(os.environ["RANK"])
 watch = Watch(hang_timeout=1.0)
@@ -25,6 +27,18 @@ print("ready", flush=True)
 if what == "fail" and rank == 1:
     watch.fail("error on rank 1: no luck")
     time.sleep(60)
+watch.on_leaving = lambda why: print(f"the end of rank {rank}: {why}", file=sys.stderr, flush=True)
+if what == "lost" and rank == 1:
+    watch.fail("Traceback\\n  of many lines\\nerror on rank 1: no luck")
+    os._exit(2)
+if what == "lost":
+    watch.on_leaving = lambda why: time.sleep(60)  # the main thread sees the loss first
+    time.sleep(0.2)
+    print("the end:", watch.reason(PeerLost("a connection was closed")), file=sys.stderr, flush=True)
+    os._exit(2)
+if what == "all fail":
+    print_error(ValueError("no luck"), rank, watch)
+    os._exit(2)
 if what == "rank 0 fails" and rank == 0:
     watch.fail("error on rank 0: no luck")
     os._exit(2)
@@ -99,9 +113,36 @@ def test_an_error_on_one_rank_is_the_last_word_and_all_leave():
     codes, said, seconds = ranks("fail", stop=1, number=0)
     assert codes[0] == LEFT and seconds < 20
     assert own(said[0]) == [] and own(said[1]) == ["error on rank 1: no luck"]
+    assert "the end of rank 0: error on rank 1: no luck\n" in said[0]
     codes, said, seconds = ranks("rank 0 fails")
     assert codes == [2, LEFT] and seconds < 20
     assert own(said[1]) == [] and own(said[0]) == ["error on rank 0: no luck"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_lost_a_peer_knows_its_error():
+    codes, said, _ = ranks("lost")
+    assert codes == [2, 2] and "the end: error on rank 1: no luck\n" in said[0]
+    assert Watch().reason(ValueError("no ([a library's words])")) == "error: no"
+
+
+@pytest.mark.slow
+def test_an_error_that_all_ranks_share_is_said_once_and_nothing_else():
+    codes, said, seconds = ranks("all fail")
+    assert codes == [2, 2] and said == ["error: no luck\n", ""] and seconds < 20
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_is_named_in_one_line():
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        code = "from rf_train.engine.collectives import RunError, start_ranks\ntry: start_ranks()\n"
+        code += "except RunError as error: print(error)"
+        environment = {**os.environ, **rank_environment(0, 2, port)}
+        command = [sys.executable, "-c", code]
+        said = subprocess.run(command, env=environment, cwd=PROJECT, capture_output=True, text=True, timeout=60).stdout
+    assert said.startswith(f"the ranks can't meet at 127.0.0.1:{port} (") and "--master_port" in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.slow
