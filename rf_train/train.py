@@ -19,11 +19,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import yaml
 from torch import Tensor
 
 from data_prep.command import printable
-from data_prep.files import write_atomic
 from rf_train import config
 from rf_train.config import Recipe, Stage
 from rf_train.data.batches import Datasets, longest_wait, open_datasets, steps
@@ -31,8 +29,6 @@ from rf_train.data.damage import Damage, DamageLog, TooMuchDamage
 from rf_train.diffusion.batch import Batch, on_device
 from rf_train.diffusion.histories import History, make_history
 from rf_train.diffusion.loss import training_loss
-from rf_train.engine import checkpoint
-from rf_train.engine.checkpoint import Damaged
 from rf_train.engine.collectives import (
     Ranks,
     check_same_on_ranks,
@@ -45,8 +41,7 @@ from rf_train.engine.collectives import (
 )
 from rf_train.engine.deepspeed_json import complete_settings
 from rf_train.engine.devices import use_deterministic_kernels
-from rf_train.engine.restoring import newest_whole, verified_together
-from rf_train.engine.run_folder import Events, job_name, one_writer, read_events
+from rf_train.engine.run_folder import Events, job_name, one_writer
 from rf_train.engine.state import TrainingState
 from rf_train.engine.stopping import FOLDER_LOST, Stop
 from rf_train.engine.watching import Watch
@@ -54,11 +49,10 @@ from rf_train.engine.zero import Engine, build_engine
 from rf_train.evaluation.during_training import TrainingEvaluation
 from rf_train.failures import kept_alive, report_failure
 from rf_train.metrics import MicroStepResult, StepMetrics
+from rf_train.resuming import check_stages, checkpoint_to_go_on_from, finished, restore, write_recipe
 from rf_train.run_log import RunLog
 from rf_train.saves import Saves, TooManySkippedSteps
-from rf_train.settings import differences
 from rf_train.start_checks import check_memory, check_model, check_split, planned_cases
-from rf_train.weights import WeightFiles
 
 LONGEST_START = 1800.0  # seconds that the first step of a stage may take longer: kernels are chosen and compiled
 
@@ -231,95 +225,6 @@ def learning_rate(stage: Stage, step_in_stage: int) -> float:
 def write_start(events: Events, first: int, ranks: Ranks) -> None:
     here = {"host": socket.gethostname(), "job": job_name(os.environ), "pid": os.getpid()}
     events.write("start", first, ranks=ranks.world_size, **here)
-
-
-def checkpoint_to_go_on_from(recipe: Recipe, events: Events) -> tuple[Path, dict] | None:
-    """The run's newest whole checkpoint, or else the one that `start` names, and its manifest. A collective.
-
-    Raises ValueError when the run was saved before, and none of its checkpoints is whole.
-    """
-    out = Path(recipe.run.out)
-
-    def say(event: str, step: int, why: str) -> None:
-        print(printable(why), file=sys.stderr)
-        events.write(event, step, why=why)
-
-    found = newest_whole(out, recipe.run.on_damage == "go_back", say)
-    if found:
-        return found
-    if on_rank_0(lambda: checkpoint.was_saved(out) or any(row["event"] == "saved" for row in read_events(out))):
-        raise ValueError(
-            f"{out}: it was saved before, and no whole checkpoint is left. Bring one back into {out / 'checkpoints'}, "
-            "or train into another folder (run.out)"
-        )
-    if recipe.start.run:
-        folder = checkpoint.at_step(Path(recipe.start.run), recipe.start.step)
-        return folder, verified_together(folder)
-    return None
-
-
-def restore(recipe: Recipe, state: TrainingState, found: tuple[Path, dict] | None) -> int:
-    """Loads a checkpoint, or else the weights that `start` names. Returns the number of steps already done."""
-    if found is not None:
-        folder, manifest = found
-        state.load(folder, manifest)
-        return manifest["step"]
-    if recipe.start.weights:
-        files = WeightFiles(recipe.start.weights)
-        files.check(state.shapes)
-        state.load_weights(files.flat, files.whole)
-    return 0
-
-
-def finished(recipe: Recipe) -> bool:
-    """Whether the checkpoint of the recipe's last step is there, and whole. A collective."""
-    folder = on_rank_0(lambda: checkpoint.latest(Path(recipe.run.out)))
-    if folder is None or checkpoint.step_of(folder) < recipe.steps:
-        return False
-    try:
-        return bool(verified_together(folder))
-    except Damaged:
-        return False
-
-
-def check_stages(recipe: Recipe, done: int) -> None:
-    """Raises ValueError when steps that are done would belong to another stage than the one that trained them."""
-    path = Path(recipe.run.out) / "recipe.yaml"
-    try:
-        before = config.load(path) if path.is_file() else recipe
-    except ValueError:  # `write_recipe` says it
-        return
-    was, now = ([span.end for span in one.stage_spans if span.end < done] for one in (before, recipe))
-    if was != now:
-        raise ValueError(
-            f"{recipe.run.out}: {done} steps are done, in stages that ended after {was or 'none'} of them; by this "
-            f"recipe they end after {now or 'none'}. Keep the length of stages that are over, and lengthen the last "
-            "one or append one; or train into another folder (run.out)"
-        )
-
-
-def write_recipe(recipe: Recipe) -> None:
-    """Writes the complete recipe into the run's folder. Prints what has changed since the run began."""
-    out = Path(recipe.run.out)
-    out.mkdir(parents=True, exist_ok=True)
-    path, new = out / "recipe.yaml", config.to_dict(recipe)
-    if path.is_file():
-        for key, was, now in recipe_changes(path, new):
-            print(f"the recipe has changed since this run began: {key}: {was!r} -> {now!r}", file=sys.stderr)
-    write_atomic(path, yaml.safe_dump(new, sort_keys=False))
-
-
-def recipe_changes(path: Path, new: dict) -> list[tuple[str, object, object]]:
-    """(dotted path, old value, new value) of what differs from the recipe in `path`.
-
-    A setting that is missing in the file had its default.
-    """
-    try:
-        old = config.load(path)
-    except ValueError as error:
-        print(f"what has changed since this run began is not known: {error}", file=sys.stderr)
-        return []
-    return differences(config.to_dict(old), new)
 
 
 def describe(recipe: Recipe, engine: Engine, state: TrainingState, first: int) -> str:

@@ -6,7 +6,7 @@ import yaml
 from rf_train import config
 from rf_train.diffusion.histories import Autoregressive, Clean, Noise
 from rf_train.model.chunks import Dense, Routed, Window
-from rf_train.train import check_stages, recipe_changes, write_recipe
+from rf_train.resuming import check_stages, recipe_changes, write_recipe
 
 
 @pytest.fixture

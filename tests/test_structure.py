@@ -18,7 +18,7 @@ LAYERS = (
     ("rf_train.data", "rf_train.engine"),
     ("rf_train.planning", "rf_train.metrics", "rf_train.evaluation", "rf_train.generation"),
     ("rf_train.run_log", "rf_train.run_status", "rf_train.weights"),
-    ("rf_train.failures", "rf_train.start_checks", "rf_train.saves"),
+    ("rf_train.failures", "rf_train.start_checks", "rf_train.saves", "rf_train.resuming"),
     (
         "rf_train.train",
         "rf_train.generate",
