@@ -27,6 +27,7 @@ from rf_train.bench_data import MANY, bench_data
 from rf_train.bench_generate import bench_generate
 from rf_train.bench_gpu import bench_gpu, random_batch, two_streams, visible
 from rf_train.bench_self_forcing import MODEL_FILE
+from rf_train.bench_traffic import bench_traffic
 from rf_train.config import Recipe, Stage
 from rf_train.diffusion.batch import Batch
 from rf_train.diffusion.flow_matching import FlowSettings
@@ -430,6 +431,7 @@ BENCHES: dict[str, Callable[[argparse.Namespace], Result]] = {
     "generate": bench_generate,
     "data": bench_data,
     "checkpoint": bench_checkpoint,
+    "traffic": bench_traffic,
     "gpu": bench_gpu,
 }
 

@@ -24,6 +24,7 @@ LAYERS = (
         "rf_train.generate",
         "rf_train.bench",
         "rf_train.bench_checkpoint",
+        "rf_train.bench_traffic",
         "rf_train.bench_data",
         "rf_train.bench_generate",
         "rf_train.bench_gpu",
