@@ -20,7 +20,9 @@ class TooManySkippedSteps(RunError):
 class Saves:
     """Saves a run's checkpoints when they are due. Every method is a collective, with the same outcome on all ranks."""
 
-    def __init__(self, recipe: Recipe, state: TrainingState, events: Events, log: RunLog):
+    def __init__(self, recipe: Recipe, state: TrainingState, first: int, events: Events, log: RunLog):
+        """`first`: the steps that are done already."""
+        self.newest = first  # what needs no saving
         self.recipe, self.events, self.log, self.run = recipe, events, log, Path(recipe.run.out)
         self.ends = {span.end for span in recipe.stage_spans}
         self.saver = Saver(self.run, state, recipe.run.keep, self.ends)
@@ -48,7 +50,8 @@ class Saves:
             self._report(self.saver.poll())
         if self.is_due(done) or (stopped_by and not self.skipped):
             self._report(self.saver.finish())
-            self.saver.begin(done)
+            if done != self.newest:
+                self.saver.begin(done)
         if stopped_by and done < self.recipe.steps:
             self._report(self.saver.finish(), needed=not self.skipped)
             self.saver.close()
@@ -81,6 +84,7 @@ class Saves:
         if saved is None:
             return
         if not saved.error:
+            self.newest = saved.step
             numbers = {"seconds": round(saved.seconds, 2), "stall": round(saved.stall, 3)}
             self.events.write("saved", saved.step, **numbers)
             stall = f"training stood still for {saved.stall:.2f} s"

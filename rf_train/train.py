@@ -98,10 +98,11 @@ def train_on(ranks: Ranks, recipe: Recipe, stop: Stop, watch: Watch) -> None:
         write_start(events, first, ranks)
         log = RunLog(recipe, first, ranks.rank)
         log.print_line(describe(recipe, engine, state, first))
-        saves, damage = Saves(recipe, state, events, log), DamageLog(recipe.run.out, recipe.data.max_damaged)
+        saves, damage = Saves(recipe, state, first, events, log), DamageLog(recipe.run.out, recipe.data.max_damaged)
         stop.saves, watch.on_leaving = True, events.end
         try:
-            for step, stage, batches, waited in timed_steps(recipe, datasets, first, engine, watch):
+            given = timed_steps(recipe, datasets, first, engine, watch, stop, saves)
+            for step, stage, batches, waited in given:
                 engine.set_batch(stage.batch)
                 engine.model.kept_blocks = cases[recipe.stages.index(stage)].kept_blocks
                 engine.set_learning_rate(learning_rate(stage, step - recipe.span_at(step).begin))
@@ -136,14 +137,23 @@ def train_on(ranks: Ranks, recipe: Recipe, stop: Stop, watch: Watch) -> None:
 
 
 def timed_steps(
-    recipe: Recipe, datasets: Datasets, first: int, engine: Engine, watch: Watch
+    recipe: Recipe, datasets: Datasets, first: int, engine: Engine, watch: Watch, stop: Stop, saves: Saves
 ) -> Iterator[tuple[int, Stage, list[Batch], float]]:
-    """Yields (step, its stage, this rank's micro-batches, seconds that they were waited for) from step `first` on."""
+    """Yields (step, its stage, this rank's micro-batches, seconds that they were waited for) from step `first` on.
+
+    A rank that waits for a server can be asked to stop: then all ranks save, and raise Stopped.
+    """
     begin, patience = time.perf_counter(), longest_wait(recipe)
     watch.at("waiting for data", patience + LONGEST_START)
     on_gpu = engine.ranks.device.type == "cuda"
-    for step, batches in steps(recipe, datasets, first, engine.replica, engine.replicas, on_gpu):
+    given = steps(recipe, datasets, first, engine.replica, engine.replicas, on_gpu, lambda: patience and stop.reason)
+    for step, batches in given:
         stage, first_of_stage, _ = recipe.span_at(step)
+        if patience:
+            watch.at(f"waiting for all ranks' data after step {step}", patience + LONGEST_START)
+            if stopped_by := stop.agreed(heard=not batches):
+                watch.without_limit(f"saving after step {step}")
+                saves.between_steps(step, stopped_by)
         watch.at(f"step {step + 1}", LONGEST_START if step in (first, first_of_stage) else 0.0)
         yield step, stage, batches, time.perf_counter() - begin
         begin = time.perf_counter()

@@ -125,7 +125,7 @@ def train_until_on_this_rank(recipe: dict, until: int) -> dict:
     class Asked(Stop):
         done = len(read_rows(Path(recipe["run"]["out"]) / "metrics.jsonl"))
 
-        def agreed(self) -> int:
+        def agreed(self, heard: bool = True) -> int:
             self.done += 1
             return signal.SIGTERM if self.done >= until else 0
 
@@ -151,6 +151,37 @@ def test_a_run_goes_on_with_other_ranks_and_engines_as_if_nothing_had_happened(p
         ours, theirs = (checkpoint.read_weights(checkpoint.latest(run), kind) for run in (out, two_rank_run[0]))
         for name, tensor in theirs.items():
             torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def train_without_data_on_this_rank(recipe: dict, step: int) -> str:
+    """Trains. The data of `step` doesn't come to rank 1, which is asked to stop. Returns how the training ended."""
+    stop, steps = Stop(), train.steps
+
+    def missing(*arguments):
+        for number, micro_batches in steps(*arguments):
+            if number == step and os.environ["RANK"] == "1":
+                stop.reason = signal.SIGTERM
+                yield number, []
+                return
+            yield number, micro_batches
+
+    train.steps, train.longest_wait = missing, lambda recipe: 5.0
+    try:
+        train.train(config.from_dict(recipe), stop)
+    except Stopped as error:
+        return str(error)
+    return "finished"
+
+
+def test_a_rank_that_is_asked_to_stop_while_it_waits_for_data_takes_all_along(plain_run, tmp_path):
+    recipe = recipe_dict(plain_run.data, tmp_path, save_every=4)
+    recipe["stages"] = recipe["stages"][:1]
+    for step, saved in ((2, [2]), (4, [2, 4]), (4, [2, 4])):  # in the last one nothing new is to be saved
+        told = run_distributed(train_without_data_on_this_rank, 2, recipe=recipe, step=step)
+        assert told == [f"stopped by SIGTERM after step {step}; the same command goes on from step-{step:08d}"] * 2
+        assert checkpoint.steps_saved(tmp_path) == saved
+    assert run_distributed(train_without_data_on_this_rank, 2, recipe=recipe, step=99) == ["finished"] * 2
+    assert_close(losses_of(tmp_path), plain_run.losses[: rows(tmp_path)], 1e-4)
 
 
 def test_a_second_job_in_the_folder_is_refused_and_the_first_goes_on(launched, plain_run, tmp_path):

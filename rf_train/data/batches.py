@@ -6,8 +6,8 @@ recipe. So they are the same with any number of replicas, and after any resume.
 """
 
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 
@@ -116,12 +116,14 @@ def _make_batch(
 
 
 def steps(
-    recipe: Recipe, datasets: Datasets, first: int, replica: int, replicas: int, pin: bool = False
-) -> Iterator[tuple[int, list[Batch]]]:
+    recipe: Recipe, datasets: Datasets, first: int, replica: int, replicas: int, pin: bool = False,
+    interrupted: Callable[[], object] = lambda: False,
+) -> Iterator[tuple[int, list[Batch]]]:  # fmt: skip
     """Yields (step, its micro-batches) from step `first` to the recipe's end; with `pin` in page-locked memory.
 
     `data.workers` threads read the next steps, one each, while this one is computed. The steps are the same for any
-    number of them. Who stops early does not wait for the threads.
+    number of them. Who stops early does not wait for the threads. When it is `interrupted` while it waits for them, it
+    yields no micro-batches, and ends.
     """
 
     def read(step: int) -> list[Batch]:
@@ -138,6 +140,10 @@ def steps(
         for step in range(first, recipe.steps):
             while len(ahead) <= recipe.data.workers and step + len(ahead) < recipe.steps:
                 ahead.append(readers.submit(read, step + len(ahead)))
+            while not wait([ahead[0]], timeout=0.5).done:
+                if interrupted():
+                    yield step, []
+                    return
             yield step, ahead.popleft().result()
     finally:
         readers.shutdown(wait=False, cancel_futures=True)
