@@ -33,12 +33,19 @@ with stop.listening():
 def rank():
     started = []
 
-    def start(*arguments, **options) -> subprocess.Popen:
+    def start(*arguments, ignored: int = 0) -> subprocess.Popen:
         environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
-        environment = {**environment, "PYTHONPATH": str(PROJECT), **options}
+        environment["PYTHONPATH"] = str(PROJECT)
         command = [sys.executable, "-c", RANK, *map(str, arguments)]
         pipe = subprocess.PIPE
-        started.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True))
+
+        def set_signals() -> None:  # a shell ignores some of them for what it starts in the background
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN if number == ignored else signal.SIG_DFL)
+
+        started.append(
+            subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, preexec_fn=set_signals)
+        )
         assert started[-1].stdout.readline() == "ready\n"
         return started[-1]
 
@@ -60,11 +67,7 @@ def test_a_signal_is_a_request_and_several_at_once_are_one(rank, number):
 
 def test_a_signal_that_is_ignored_stays_so(rank):
     """As `nohup` has it."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        process = rank("saves", 1)
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    process = rank("saves", 1, ignored=signal.SIGHUP)
     process.send_signal(signal.SIGHUP)
     assert process.communicate(timeout=30)[0] == "none\n"
 
