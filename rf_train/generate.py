@@ -7,7 +7,7 @@ FILE it makes a folder of videos, alone or on many ranks. With --play it shows a
 import argparse
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -66,6 +66,8 @@ def make_many(options: argparse.Namespace) -> str:
     rank, world_size, device = this_rank()
     generator = open_run(options.run, options.overrides, options.step, device=device, positions=options.positions)
     like = Videos(generator, [], [], options.seconds, options.negative)
+    for prompt in prompts:
+        replace(like, prompts=[Prompts.of_line(prompt)])  # refuses one that is never shown, before anything is made
     memory = memory_needed(generator, like.latent_frames, int(os.environ.get("LOCAL_WORLD_SIZE") or world_size))
     settings = {
         "checkpoint": sha256_of_file(checkpoint.at_step(Path(options.run), options.step) / "manifest.json"),

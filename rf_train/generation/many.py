@@ -120,7 +120,7 @@ def make_batch(job: Job, like: Videos, batch: list[dict[str, Any]]) -> list[dict
     All of the batch is computed, also when some videos are there: their bytes depend on it.
     """
     videos = Videos(
-        like.generator, [Prompts((0.0,), (video["prompt"],)) for video in batch], [video["seed"] for video in batch],
+        like.generator, [Prompts.of_line(video["prompt"]) for video in batch], [video["seed"] for video in batch],
         like.seconds, like.negative, guidance_in_one_batch=job.plan.guidance_in_one_batch,
     )  # fmt: skip
     missing = job.missing(batch)

@@ -42,9 +42,20 @@ class Videos:
     guidance_in_one_batch: bool = False
     live: Callable[[], str | None] | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a prompt that is never shown."""
+        if any(len(prompts.times) > 1 for prompts in self.prompts):
+            given = 0 if self.given is None else len(self.generator.model.chunking.sizes(self.given.shape[2]))
+            for prompts in self.prompts:
+                prompts.check_shown(self.begins, given, self.chunk_count)
+
     @property
     def fps(self) -> float:
         return self.generator.fps
+
+    def begins(self, chunk: int) -> float:
+        """The second at which a chunk begins."""
+        return self.generator.geometry.video_frames(self.generator.model.chunking.start(chunk)) / self.fps
 
     @property
     def frames(self) -> int:
@@ -102,8 +113,7 @@ class Videos:
             typed = self.live() if self.live is not None else None
             if typed is not None:
                 return pad_text(generator.embed([typed]) * len(self.prompts), settings)
-            seconds = generator.geometry.video_frames(generator.model.chunking.start(chunk)) / self.fps
-            numbers = [prompts.at(seconds) for prompts in self.prompts]
+            numbers = [prompts.at(self.begins(chunk)) for prompts in self.prompts]
             if numbers == now:
                 return None
             now[:] = numbers

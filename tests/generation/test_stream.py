@@ -80,6 +80,8 @@ def test_a_prompt_typed_while_the_video_goes_on_changes_it(tiny_generator):
     timed = np.concatenate(list(stream(generator, ["0: a red cross", "1.3: a green disc"], seconds=45 / 16)))
     plain = np.concatenate(list(stream(generator, "a red cross", seconds=45 / 16)))
     assert np.array_equal(made, timed) and not np.array_equal(made, plain)
+    with pytest.raises(ValueError, match=r'"2.5: b" is never shown: the last chunk of the video begins at 2\.0'):
+        stream(generator, ["0: a", "2.5: b"], seconds=45 / 16)
 
 
 def test_a_negative_prompt_takes_the_empty_captions_place(tiny_generator):
