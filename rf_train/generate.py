@@ -10,7 +10,6 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,7 +17,7 @@ from data_prep.command import require_finite, run_command
 from data_prep.files import sha256_of_file
 from rf_train.config import to_dict
 from rf_train.engine import checkpoint
-from rf_train.engine.devices import gpu_is_usable, gpu_of_rank
+from rf_train.engine.shared_work import this_rank
 from rf_train.generation.generator import Generator, open_run
 from rf_train.generation.given import first_frames, still_image
 from rf_train.generation.many import make_batches, open_job
@@ -84,21 +83,6 @@ def make_many(options: argparse.Namespace) -> str:
     made = make_batches(job, like, rank, world_size)
     there = len(job.videos) - len(job.missing(job.videos))
     return f"{options.out}: rank {rank} made {made} videos; {there} of {len(job.videos)} are there"
-
-
-def this_rank() -> tuple[int, int, torch.device]:
-    """(rank, ranks, device) as DeepSpeed's launcher, torchrun or Slurm's srun say. Ranks need no network."""
-
-    def said(*names: str, default: int) -> int:
-        return next((int(os.environ[name]) for name in names if os.environ.get(name)), default)
-
-    rank, world_size = said("RANK", "SLURM_PROCID", default=0), said("WORLD_SIZE", "SLURM_NTASKS", default=1)
-    if not gpu_is_usable():
-        return rank, world_size, torch.device("cpu")
-    local, here = said("LOCAL_RANK", "SLURM_LOCALID", default=0), said("LOCAL_WORLD_SIZE", default=world_size)
-    index = gpu_of_rank(local, here, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-    torch.cuda.set_device(index)
-    return rank, world_size, torch.device("cuda", index)
 
 
 def play(videos: Videos, port: int) -> str:

@@ -11,25 +11,21 @@ in any number, and the videos are the same bytes: a video depends on its prompt,
 
 import contextlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.files import locked, write_json
+from data_prep.files import write_json
 from data_prep.video import VideoWriter
+from rf_train.engine.shared_work import claimed, held
 from rf_train.generation.memory import BatchPlan
 from rf_train.generation.prompts import Prompts, seed_of
 from rf_train.generation.stream import Videos
 from rf_train.settings import differences
 
 JOB = "job.json"
-
-
-class _Busy(Exception):
-    """Another process holds a lock."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +46,14 @@ class Job:
         """Those of `videos` that are not there yet."""
         return [video for video in videos if not (self.out / video["file"]).exists()]
 
-    @contextlib.contextmanager
-    def lock(self, name: str, wait: bool = True) -> Iterator[None]:
-        """Holds a lock of this job. Raises `_Busy` if another process has it, unless `wait`."""
+    @property
+    def locks(self) -> Path:
+        return self.out / ".locks"
 
-        def busy() -> None:
-            if not wait:
-                raise _Busy
-
-        with locked(self.out / ".locks" / name, busy):
-            yield
+    @property
+    def batch_names(self) -> list[str]:
+        """The names of the batches' locks."""
+        return [f"batch-{number:05d}" for number in range(len(self.batches))]
 
 
 def open_job(out: str | Path, settings: dict, prompts: list[str], samples: int, seed: int, plan: BatchPlan) -> Job:
@@ -80,7 +74,7 @@ def open_job(out: str | Path, settings: dict, prompts: list[str], samples: int, 
         raise ValueError(f"{out}: not a folder; many videos go into one")
     if out.is_dir() and not (out / JOB).exists() and any(path.name != ".locks" for path in out.iterdir()):
         raise ValueError(f"{out}: not empty, and has no {JOB}; choose another folder")
-    with job.lock("job"):
+    with held(job.locks / "job"):
         path = out / JOB
         if not path.exists():
             write_json(path, {"settings": wanted, "plan": vars(plan), "videos": videos})
@@ -106,10 +100,9 @@ def make_batches(job: Job, like: Videos, rank: int, world_size: int) -> int:
     batches, made = job.batches, 0
     first = rank * len(batches) // world_size
     with tqdm(total=len(job.videos), unit="video", desc=f"rank {rank}", disable=rank > 0) as bar:
-        for number in [*range(first, len(batches)), *range(first)]:
-            with contextlib.suppress(_Busy), job.lock(f"batch-{number:05d}", wait=False):
-                if job.missing(batches[number]):
-                    made += len(make_batch(job, like, batches[number]))
+        for number in claimed(job.locks, job.batch_names, first):
+            if job.missing(batches[number]):
+                made += len(make_batch(job, like, batches[number]))
             bar.update(len(job.videos) - len(job.missing(job.videos)) - bar.n)
     return made
 

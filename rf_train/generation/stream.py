@@ -57,6 +57,15 @@ class Videos:
         """The second at which a chunk begins."""
         return self.generator.geometry.video_frames(self.generator.model.chunking.start(chunk)) / self.fps
 
+    def text_of_frames(self, video: int, frames: int) -> list[str]:
+        """The prompt of each of a video's first frames: that of the frame's chunk."""
+        prompts = self.prompts[video]
+        found: list[str] = []
+        for chunk in range(self.chunk_count):
+            end = self.generator.geometry.video_frames(self.generator.model.chunking.start(chunk + 1))
+            found += [prompts.texts[prompts.at(self.begins(chunk))]] * (min(end, frames) - len(found))
+        return found
+
     @property
     def frames(self) -> int:
         """Frames of each video."""
