@@ -61,3 +61,9 @@ def this_rank() -> tuple[int, int, torch.device]:
     index = gpu_of_rank(local, here, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     torch.cuda.set_device(index)
     return rank, world_size, torch.device("cuda", index)
+
+
+def ranks_here() -> int:
+    """Ranks on this machine, as far as the launcher says; else all of them."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE", "SLURM_NTASKS")
+    return next((int(os.environ[name]) for name in names if os.environ.get(name)), 1)
