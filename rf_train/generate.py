@@ -25,7 +25,7 @@ from rf_train.generation.given import first_frames, still_image
 from rf_train.generation.many import make_batches, open_job
 from rf_train.generation.memory import memory_needed
 from rf_train.generation.play import Player
-from rf_train.generation.prompts import Prompts, read_prompts
+from rf_train.generation.prompts import Prompts, check_text, read_prompts
 from rf_train.generation.stream import ENDLESS, Stream, Videos, write
 from rf_train.model.chunks import POSITIONS
 
@@ -155,6 +155,7 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError("give --prompt TEXT, --image FILE or --video FILE, or --prompts FILE for many videos")
     if options.video and options.image:
         raise ValueError("--image and --video: a video begins with one of them")
+    check_text("--negative", options.negative)
     require_finite(seconds=options.seconds)
     if options.seconds <= 0:
         raise ValueError(f"--seconds {options.seconds}: must be positive")
@@ -168,6 +169,8 @@ def check_options(options: argparse.Namespace) -> None:
             raise ValueError(f"{options.out}: --play writes no file; leave it out")
     elif not options.out:
         raise ValueError("say where to write: RUN OUT.mp4, or RUN FOLDER with --prompts")
+    elif Path(options.out).is_dir() and not options.prompts:
+        raise ValueError(f"{options.out}: a folder is there; the output is an .mp4 file")
     elif (Path(options.out).suffix == ".mp4") == bool(options.prompts):
         raise ValueError(f"{options.out}: the output is an .mp4 file, or with --prompts a folder")
 

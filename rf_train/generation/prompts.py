@@ -25,6 +25,8 @@ class Prompts:
         Raises a one-line ValueError for several prompts without times, and for times that don't ascend from 0.
         """
         written = [written] if isinstance(written, str) else written or [""]
+        for one in written:
+            check_text("--prompt", one)
         found = [_TIMED.fullmatch(one.strip()) for one in written]
         if len(written) == 1 and found[0] is None:
             return cls((0.0,), (written[0],))
@@ -65,6 +67,14 @@ class Prompts:
     def at(self, seconds: float) -> int:
         """The number of the prompt at this time."""
         return max(n for n, time in enumerate(self.times) if time <= max(0.0, seconds))
+
+
+def check_text(name: str, text: str) -> None:
+    """Raises ValueError for bytes on the command line that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} {text!r}: not UTF-8 text") from None
 
 
 def read_prompts(path: str | Path) -> list[str]:

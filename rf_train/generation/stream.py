@@ -90,7 +90,12 @@ class Videos:
         """Yields for each chunk the frames of each video: uint8 [f, H, W, 3]. On the leader; others take `latents`."""
         generator, made = self.generator, 0
         decoders = [generator.codec.decoder() for _ in self.prompts]
-        for latent in self.latents():
+        for chunk, latent in enumerate(self.latents()):
+            if not latent.isfinite().all():
+                reason = "the weights have diverged, or flow.guidance is too large"
+                raise ValueError(
+                    f"chunk {chunk} (at {self.begins(chunk):.4g} s) has numbers that are not finite: {reason}"
+                )
             frames = [decode(part) for decode, part in zip(decoders, latent.float().cpu())]
             frames = [part[: self.frames - made] for part in frames]
             made += len(frames[0])

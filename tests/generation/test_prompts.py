@@ -52,6 +52,7 @@ def test_a_prompt_that_is_never_shown_is_named(times, given, says):
     [
         (["0: a", "b"], '--prompt "b": one of several prompts, so give its time'),
         (["5: a"], "the times 5 must begin with 0"),
+        (["a \udcff"], r"--prompt 'a .udcff': not UTF-8 text"),
         (["0: a", "4: b", "4: c"], "the times 0, 4, 4 must begin with 0 and ascend"),
     ],
 )
