@@ -71,22 +71,22 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: str | Path, on_wait: Callable[[], object] | None = None) -> Iterator[int]:
+def locked(path: str | Path, on_wait: Callable[[], object] | None = None, shared: bool = False) -> Iterator[int]:
     """Waits until no other process, on any machine, has this file. Yields its descriptor: a child that gets it counts.
 
-    The operating system frees the lock when a process dies. `on_wait` is called before a wait. On a file system without
-    locks there is no waiting.
+    The operating system frees the lock when a process dies. `on_wait` is called before a wait. With `shared`, others
+    that share it may have it, too. On a file system without locks there is no waiting.
     """
-    path = Path(path)
+    path, kind = Path(path), fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    with open(path, "w+") as file:  # NFS shares no file that can't be read
         try:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
             except BlockingIOError:
                 if on_wait:
                     on_wait()
-                fcntl.flock(file, fcntl.LOCK_EX)
+                fcntl.flock(file, kind)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
                 raise

@@ -111,7 +111,7 @@ def begin_folder(out: Path) -> None:
     """Makes the folder with an empty page, or takes an earlier preview out. Raises ValueError if it holds others."""
     out.mkdir(parents=True, exist_ok=True)
     names = sorted(os.listdir(out))
-    ours = [name for name in names if re.fullmatch(r"\d+_\d+\.mp4|\.\d+_\d+\.mp4\.tmp", name)]
+    ours = [name for name in names if re.fullmatch(r"\d+_\d+\.mp4|\.\d+_\d+\.mp4\..*tmp", name)]
     foreign = [name for name in names if name not in (*ours, PAGE)]
     if foreign or (names and (PAGE not in names or GENERATOR not in (out / PAGE).read_text(errors="replace"))):
         raise ValueError(f"{out}: holds something else than a preview ({(foreign or names)[0]}); choose another folder")

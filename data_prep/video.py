@@ -5,6 +5,7 @@ may start anywhere, run at a variable rate or jump. Only its timestamps say when
 """
 
 import contextlib
+import glob
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,7 @@ from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
 from PIL import Image
 
-from data_prep.files import sync
+from data_prep.files import is_abandoned, naming, sync, temporary_beside
 from data_prep.places import Remote
 from data_prep.tars import Region
 
@@ -340,14 +341,17 @@ class VideoWriter:
     """Writes an H.264 mp4 that browsers play, frame by frame: yuv420p, with its index in front.
 
     The same frames give the same file. `path` appears only when it is complete, at the end of the `with` block; after
-    an error, or when the process is killed, it does not. Memory does not grow with the video's length. Raises
-    ValueError for no frames, odd sizes, or frames of different shapes.
+    an error, or when the process is killed, it does not. Of two processes that write it at once, the last one's stays.
+    Memory does not grow with the video's length. Raises ValueError for no frames, odd sizes, frames of different
+    shapes, or a folder in its place.
     """
 
     def __init__(self, path: str | Path, fps: float | Fraction, crf: int = 16):
         self.path, self.fps, self.crf = Path(path), Fraction(fps).limit_denominator(100_000), crf
         self.frames = 0  # written so far
-        self._temporary = self.path.with_name(f".{self.path.name}.tmp")
+        if self.path.is_dir():
+            raise ValueError(f"{path}: a folder is there; choose another name")
+        self._temporary = temporary_beside(self.path.with_name(f".{self.path.name}"))
         self._container: Any = None
         self._stream: Any = None
         self._shape: tuple[int, ...] = ()
@@ -382,13 +386,20 @@ class VideoWriter:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             picture = picture.reformat(format="yuv420p", threads=1)
             picture.pts, picture.time_base = self.frames, 1 / self._stream.average_rate
-            self._container.mux(self._stream.encode(picture))
+            with naming(self.path):
+                self._container.mux(self._stream.encode(picture))
             self.frames += 1
 
     def _open(self, frame: np.ndarray) -> None:
         check_writable(self.path, frame)
         self._shape = frame.shape
-        self._container = av.open(str(self._temporary), "w", format="mp4", options={"movflags": "+faststart"})
+        for other in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                if is_abandoned(other):  # by a process that was killed
+                    other.unlink()
+        with naming(self.path):
+            self._temporary.touch()  # PyAV opens it later, and its errors name no file
+            self._container = av.open(str(self._temporary), "w", format="mp4", options={"movflags": "+faststart"})
         self._stream = self._container.add_stream("libx264", rate=self.fps)
         self._stream.height, self._stream.width, self._stream.pix_fmt = *frame.shape[:2], "yuv420p"
         # The same frames must give the same file. So there is one thread, and no mbtree: on tiny pictures its assembly

@@ -1,126 +1,139 @@
 """Measures how quality holds over long videos:  python -m rf_train.evaluate RUN
 
 Held-out long clips are continued from their first chunks and compared with the truth, segment by segment. A segment is
-as long as a training clip. It writes `evaluation.json` and the videos, true and generated, to RUN/evaluation.
+as long as a training clip. It writes `evaluation.json` and the videos, true and generated, to RUN/evaluation. With
+--prompts FILE the videos come from prompts alone, and the results go to RUN/evaluation_prompts. Any number of ranks
+share the work; the same command goes on after a kill.
 """
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from data_prep.command import run_command
-from data_prep.files import write_json
+from data_prep.command import GOES_ON, require_finite, run_command
+from data_prep.files import sha256_of_file, write_json
 from data_prep.places import no_such_folder, place_of
-from data_prep.video import write_video
 from rf_train.data.latent_dataset import LatentDataset
-from rf_train.diffusion.batch import Batch
-from rf_train.diffusion.flow_matching import mean_by_chunk
-from rf_train.diffusion.histories import Autoregressive, Resampled, make_history
-from rf_train.diffusion.randomness import make_draws
+from rf_train.engine import checkpoint
+from rf_train.engine.shared_work import this_rank
 from rf_train.evaluation.calibration import calibrate, calibration_table
-from rf_train.evaluation.long_videos import LongVideos, summary
-from rf_train.evaluation.routing_choices import RoutingChoices, counted_choices
-from rf_train.evaluation.statistics import as_text
-from rf_train.evaluation.video_metrics import GENERAL_METRICS
+from rf_train.evaluation.evaluation import Evaluation
+from rf_train.evaluation.history_distance import evaluate_history
+from rf_train.evaluation.long_videos import LongVideos
+from rf_train.evaluation.pieces import RESULT, Pieces
+from rf_train.evaluation.prompted import PromptedVideos
+from rf_train.evaluation.results import CLIPS, PROMPTS, read_result, table
+from rf_train.evaluation.text_agreement import FRAMES_PER_SECOND, TextAgreement
 from rf_train.generation.generator import Generator, open_run
-from rf_train.model.chunks import Attention
-from rf_train.model.transformer import VelocityModel, pad_text
-
-REPORTED = {metric.name for metric in GENERAL_METRICS}
-
-
-def evaluate(generator: Generator, videos: LongVideos, options: argparse.Namespace, out: Path) -> dict:
-    """Continues the clips. Returns what `evaluation.json` holds; videos are written to `out`."""
-    rows: list[dict] = []
-    model = generator.model
-    choices = RoutingChoices(model.settings.layers, model.settings.heads, len(model.chunking.sizes(videos.frames)))
-    with counted_choices(choices), tqdm(total=videos.clips, unit="clip", desc="evaluate") as bar:
-        for begin in range(0, videos.clips, options.batch):
-            indices = range(begin, min(begin + options.batch, videos.clips))
-            for index, (row, pair) in zip(indices, videos.continued(generator.chunks, indices)):
-                rows.append(row)
-                if index < options.videos:
-                    name, truth_name = f"clip-{index:03d}.mp4", f"truth-{index:03d}.mp4"
-                    write_video(out / name, pair.made, videos.fps)
-                    write_video(out / truth_name, pair.true, videos.fps)
-                    row.update(video=name, truth=truth_name)
-                bar.update()
-    geometry, fps = generator.geometry, videos.fps
-    found = summary(rows, len(videos.spans))
-    return {
-        "step": generator.step,
-        "dataset": str(videos.dataset.folder),
-        "clips": videos.clips,
-        "fps": fps,
-        "given_seconds": geometry.video_frames(videos.given) / fps,
-        "trained_seconds": geometry.video_frames(videos.trained) / fps,
-        "segments_seconds": videos.segments_seconds,
-        **found,
-        "routing": choices.summary(),
-        "rows": [{key: value for key, value in row.items() if key != "features"} for row in rows],
-    }
-
-
-@torch.no_grad()
-def solver_distance(
-    model: VelocityModel, history: Autoregressive, solver_steps: int, batch: Batch, attention: Attention
-) -> dict[str, Tensor]:
-    """How far training's history is from the one that a finer solver makes from the same noise.
-
-    Root mean square distances per clip and chunk, each [B, N - 1]. "solver": between x~ with `history.solver_steps`
-    Euler steps and x~ with `solver_steps`. "truth" and "truth_fine": between each of the two and the clean clip.
-    """
-    fine_history = dataclasses.replace(history, solver_steps=solver_steps)
-    ours, fine = (make_history(kind, batch, attention, model)[0] for kind in (history, fine_history))
-    assert ours is not None and fine is not None
-    clean = batch.x[:, :, : ours.shape[2]]
-
-    def distance(one: Tensor, other: Tensor) -> Tensor:
-        return mean_by_chunk((one - other).square().mean(dim=(1, 3, 4)), batch.chunk_sizes[:-1]).sqrt()
-
-    return {"solver": distance(ours, fine), "truth": distance(ours, clean), "truth_fine": distance(fine, clean)}
-
-
-def evaluate_history(generator: Generator, dataset: LatentDataset, clips: int, batch: int, seed: int) -> dict | None:
-    """The mean `solver_distance` over the dataset's clips, cut to the trained length, with the last stage's settings.
-
-    None when that length is a single chunk.
-    """
-    if generator.trained_chunks < 2:
-        return None
-    recipe, stage = generator.recipe, generator.recipe.stages[-1]
-    history = Autoregressive()
-    if isinstance(stage.history, Resampled):
-        history = Autoregressive(t_shift=stage.history.t_shift, solver_steps=stage.history.solver_steps)
-    frames, steps = min(generator.trained_frames, dataset.card["latent"]["frames"]), recipe.flow.sampling_steps
-    sizes = generator.model.chunking.sizes(frames)
-    found = []
-    for begin in range(0, min(clips, len(dataset)), batch):
-        indices = range(begin, min(begin + batch, clips, len(dataset)))
-        samples = [dataset.read(index, frames) for index in indices]
-        x = torch.stack([latent for latent, _, _ in samples])
-        text = pad_text([text for _, text, _ in samples], recipe.model)
-        ids = [f"evaluation {dataset.key(index)}" for index in indices]
-        draws = make_draws(history.draws, seed, 0, ids, tuple(x.shape[1:]), len(sizes))
-        clip = Batch(ids, x, text, draws, sizes).to(generator.device)
-        found.append(solver_distance(generator.model, history, steps, clip, stage.attention))
-    by_chunk = {name: torch.cat([part[name] for part in found]).double().mean(0).tolist() for name in found[0]}
-    settings = {"solver_steps": history.solver_steps, "fine_solver_steps": steps, "t_shift": history.t_shift}
-    return {**settings, **by_chunk}
+from rf_train.generation.prompts import read_prompts
 
 
 def evaluate_run(options: argparse.Namespace) -> str:
-    """Runs the evaluation of the command line, unless its result exists already. Returns its table."""
-    if min(options.clips, options.given_chunks, options.batch) < 1:
-        raise ValueError("--clips, --given-chunks and --batch must be at least 1")
-    generator = open_run(options.run, options.overrides, options.step)
-    folder = options.data or generator.recipe.data.evaluation
+    """Makes this rank's share of what the command line asks for. Returns the table, on rank 0."""
+    check_options(options)
+    rank, world_size, device = this_rank()
+    generator = open_run(options.run, options.overrides, options.step, device=device)
+    agreement = TextAgreement(options.text_agreement, device) if options.text_agreement else None
+    evaluation, request = (of_prompts if options.prompts else of_clips)(generator, agreement, options)
+    out = Path(options.run) / (PROMPTS if options.prompts else CLIPS)
+    if options.calibrate:
+        assert isinstance(evaluation.videos, LongVideos)
+        return calibrated(evaluation.videos, out) if rank == 0 else f"rank {rank}: rank 0 calibrates"
+    if read_result(out).get("request") != request:
+        manifest = checkpoint.at_step(Path(options.run), options.step) / "manifest.json"
+        identity = {"request": request, "checkpoint": sha256_of_file(manifest), "dataset": evaluation.dataset_hash}
+        pieces = Pieces(out, identity, evaluation.names)
+        with pieces.entered():
+            made = make_pieces(evaluation, pieces, rank, world_size)
+            if rank > 0:
+                return f"rank {rank}: made {made} of {len(pieces.names)} pieces"
+            if not (out / RESULT).exists():
+                pieces.finish({"request": request, **evaluation.result(pieces.whole())})
+    elif rank == 0:
+        print(f"{out / RESULT}: exists already")
+    return table(read_result(out)) if rank == 0 else f"rank {rank}: nothing is missing"
+
+
+def make_pieces(evaluation: Evaluation, pieces: Pieces, rank: int, world_size: int) -> int:
+    """Makes pieces that no other rank makes. Returns how many. On rank 0, all are there when it returns."""
+    made = 0
+    with tqdm(total=len(pieces.names), unit="piece", desc="evaluate", disable=rank > 0) as bar:
+        for name in pieces.missing(rank, world_size):
+            pieces.add(name, evaluation.make(name, pieces.out))
+            made += 1
+            bar.update(pieces.there - bar.n)
+    return made
+
+
+def of_clips(
+    generator: Generator, agreement: TextAgreement | None, options: argparse.Namespace
+) -> tuple[Evaluation, dict[str, Any]]:
+    """The evaluation on held-out clips, and what was asked for, as evaluation.json holds it."""
+    dataset = held_out(generator, options.data)
+    videos = LongVideos(
+        dataset=dataset,
+        codec=generator.codec,
+        clips=min(options.clips, len(dataset)),
+        given=generator.model.chunking.start(options.given_chunks),
+        trained=generator.trained_frames,
+        seed=options.seed,
+        agreement=agreement,
+    )
+
+    def history() -> dict | None:
+        return evaluate_history(generator, dataset, options.clips, options.batch, options.seed)
+
+    request = {"clips": options.clips, "given_chunks": options.given_chunks}
+    request.update(
+        data=str(options.data or generator.recipe.data.evaluation), **request_of(options, generator, agreement)
+    )
+    return Evaluation(generator, videos, options.samples, options.batch, options.videos, history), request
+
+
+def of_prompts(
+    generator: Generator, agreement: TextAgreement | None, options: argparse.Namespace
+) -> tuple[Evaluation, dict[str, Any]]:
+    """The same for a prompt file."""
+    prompts, seconds = read_prompts(options.prompts), 15.0 if options.seconds is None else options.seconds
+    videos = PromptedVideos(generator, prompts, seconds, generator.trained_frames, options.seed, agreement)
+    request = {"prompts": prompts, "seconds": seconds, **request_of(options, generator, agreement)}
+    return Evaluation(generator, videos, options.samples, options.batch, options.videos, None), request
+
+
+def request_of(options: argparse.Namespace, generator: Generator, agreement: TextAgreement | None) -> dict[str, Any]:
+    """What was asked for of any evaluation. Newer options are in it only where they are used."""
+    request = {name: getattr(options, name) for name in ("batch", "videos", "seed", "overrides")}
+    request["step"] = generator.step
+    if options.samples > 1:
+        request["samples"] = options.samples
+    if agreement is not None:
+        request["text_agreement"] = {"model": agreement.hash, "frames_per_second": FRAMES_PER_SECOND}
+    if getattr(generator.attention, "farthest_sink", None) is not None:  # before, sinks were at absolute positions
+        request["positions"] = generator.positions
+    return request
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises ValueError for invalid options."""
+    if min(options.clips, options.given_chunks, options.batch, options.samples) < 1:
+        raise ValueError("--clips, --given-chunks, --batch and --samples must be at least 1")
+    if options.prompts and (options.data or options.calibrate):
+        raise ValueError("--prompts FILE: its videos have no truth; leave out --data and --calibrate")
+    if options.seconds is not None:
+        if not options.prompts:
+            raise ValueError("--seconds is for --prompts; held-out clips are continued as far as they go")
+        require_finite(seconds=options.seconds)
+        if options.seconds <= 0:
+            raise ValueError(f"--seconds {options.seconds}: must be positive")
+
+
+def held_out(generator: Generator, data: str | None) -> LatentDataset:
+    """The dataset to evaluate on: `data`, or the recipe's. Raises ValueError if it does not fit the run."""
+    folder = data or generator.recipe.data.evaluation
     if not folder:
         raise ValueError("no dataset to evaluate on: give --data FOLDER or set data.evaluation in the recipe")
     place = place_of(folder, generator.recipe.data.patience)
@@ -135,84 +148,14 @@ def evaluate_run(options: argparse.Namespace) -> str:
             raise ValueError(
                 f"{folder}: its {part} is not that of {trained_on}, the training data; encode it with {same}"
             )
-    videos = LongVideos(
-        dataset=dataset,
-        codec=generator.codec,
-        clips=min(options.clips, len(dataset)),
-        given=generator.model.chunking.start(options.given_chunks),
-        trained=generator.trained_frames,
-        seed=options.seed,
-    )
-    out = Path(options.run) / "evaluation"
-    if options.calibrate:
-        found = calibrate(videos)
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "calibration.json", dataclasses.asdict(found))
-        return calibration_table(found)
-    request = {key: value for key, value in vars(options).items() if key not in ("run", "data", "calibrate")}
-    request.update(step=generator.step, data=str(folder))
-    if getattr(generator.attention, "farthest_sink", None) is not None:  # before, sinks were at absolute positions
-        request["positions"] = generator.positions
-    path = out / "evaluation.json"
-    if read_evaluation(Path(options.run)).get("request") == request:
-        print(f"{path}: exists already")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        result = evaluate(generator, videos, options, out)
-        history = evaluate_history(generator, dataset, options.clips, options.batch, options.seed)
-        write_json(path, {"request": request, **result, "history": history})
-    return table(read_evaluation(Path(options.run)))
+    return dataset
 
 
-def read_evaluation(run: Path) -> dict:
-    """A run's evaluation.json; {} without one. Raises ValueError for a file that `evaluate_run` didn't write."""
-    path = run / "evaluation" / "evaluation.json"
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); remove it, and evaluate again") from None
-    wanted = {
-        "request",
-        "metrics",
-        "frechet",
-        "slopes",
-        "rows",
-        "segments_seconds",
-        "clips",
-        "given_seconds",
-        "trained_seconds",
-        "fps",
-    }
-    known = isinstance(found, dict) and wanted <= found.keys() and isinstance(found["metrics"], dict)
-    if not known or not found["metrics"].keys() >= REPORTED:
-        raise ValueError(f"{path}: not an evaluation of this version; remove it, and evaluate again")
-    return found
-
-
-def table(result: dict) -> str:
-    """The metrics as text, by segment: mean ± standard deviation over clips, and the change per segment."""
-    heads = [f"{begin:.1f}-{end:.1f} s" for begin, end in result["segments_seconds"]]
-    lines = [f"{'step ' + str(result['step']):<18}" + "".join(f"{head:>20}" for head in [*heads, "per segment (95 %)"])]
-    for name, cells in result["metrics"].items():
-        line = "".join(f"{as_text(cell['mean'], 12)} ± {as_text(cell['std'], 5)}" for cell in cells)
-        slope = result["slopes"][name]
-        change = f"{as_text(slope['slope'], 8)} ({as_text(slope['low'])}, {as_text(slope['high'])})"
-        lines.append(f"{name:<18}{line}{change if len(heads) > 1 else ''}")
-    lines.append(f"{'frechet':<18}" + "".join(f"{as_text(value, 12)}{'':8}" for value in result["frechet"]).rstrip())
-    history = result.get("history")
-    if history:
-        lines.append(f"training's history (x~, t_shift {history['t_shift']:g}), rms by chunk:")
-        titles = {
-            "solver": f"{history['solver_steps']} solver step(s) to {history['fine_solver_steps']}",
-            "truth": "to the truth",
-            "truth_fine": "the fine one's",
-        }
-        for key, title in titles.items():
-            lines.append(f"  {title:<24}" + " ".join(f"{value:.3f}" for value in history[key]))
-    return "\n".join(lines)
+def calibrated(videos: LongVideos, out: Path) -> str:
+    found = calibrate(videos)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "calibration.json", dataclasses.asdict(found))
+    return calibration_table(found)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -225,6 +168,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--given-chunks", type=int, default=2, help="true chunks that each clip begins with (default 2)"
     )
+    parser.add_argument("--prompts", help="instead of clips, a file with one prompt per line: videos without a truth")
+    parser.add_argument("--seconds", type=float, help="with --prompts: length of the videos (default 15)")
+    parser.add_argument("--samples", type=int, default=1, help="videos of each clip or prompt, each with its own seed")
+    parser.add_argument(
+        "--text-agreement", metavar="CLIP", help="a folder with a CLIP: how well frames agree with their prompt"
+    )
     parser.add_argument("--batch", type=int, default=8, help="clips made together")
     parser.add_argument("--videos", type=int, default=4, help="clips whose videos are kept")
     parser.add_argument("--seed", type=int, default=0)
@@ -234,9 +183,10 @@ def main(arguments: list[str] | None = None) -> int:
         help="instead of generating, damage the true clips, and show what each metric says",
     )
     parser.add_argument("--step", type=int, default=0, help="the checkpoint's step (default: the newest)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the launcher
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings, e.g. flow.sampling_steps=16")
     options = parser.parse_intermixed_args(arguments)
-    return run_command(lambda: print(evaluate_run(options)))
+    return run_command(lambda: print(evaluate_run(options)), GOES_ON)
 
 
 if __name__ == "__main__":

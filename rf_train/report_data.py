@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rf_train import config, metrics
-from rf_train.evaluate import read_evaluation
+from rf_train.evaluation.results import read_evaluation
 from rf_train.run_log import read_rows
 
 

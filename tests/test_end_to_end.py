@@ -171,8 +171,8 @@ def test_many_prompts_on_two_ranks_and_what_is_missing_on_one(walked):
 
 def test_evaluation_and_the_report(walked):
     here, _ = walked
-    printed = succeed("rf_train.evaluate", "runs/r", *EVALUATION, folder=here)
-    assert "solver step(s)" in printed and "colour_distance" in printed
+    printed = succeed("rf_train.evaluate", "runs/r", *EVALUATION, folder=here, launcher=True)
+    assert "solver step(s)" in printed and "colour_distance" in printed and "of 3 pieces" in printed
     result = json.loads((here / "runs/r/evaluation/evaluation.json").read_text())
     assert result["clips"] == 2 and set(result["metrics"]) >= {metric.name for metric in GENERAL_METRICS}
     assert len(result["metrics"]["psnr"]) == 2
@@ -180,6 +180,16 @@ def test_evaluation_and_the_report(walked):
     calibrated = succeed_here("rf_train.evaluate", "runs/r", *EVALUATION, "--calibrate", folder=here)
     assert {"emptied", "noised"} < set(calibrated.splitlines()[0].split())
     assert "exists already" in succeed_here("rf_train.evaluate", "runs/r", *EVALUATION, folder=here)
+    found = (here / "runs/r/evaluation/evaluation.json").read_bytes()
+    (here / "runs/r/evaluation/evaluation.json").unlink()
+    succeed("rf_train.evaluate", "runs/r", *EVALUATION, folder=here)  # on one rank
+    assert (here / "runs/r/evaluation/evaluation.json").read_bytes() == found
+    (here / "two.txt").write_text("a red circle\n0: a red circle | 2: a blue circle\n")
+    about = ["--prompts", "two.txt", "--seconds", 3, "--samples", 2]
+    assert "frechet" in succeed_here("rf_train.evaluate", "runs/r", *about, folder=here)
+    result = json.loads((here / "runs/r/evaluation_prompts/evaluation.json").read_text())
+    assert result["clips"] == 2 and len(result["rows"]) == 4 and result["rows"][1]["video"] == "prompt-001.mp4"
+    assert "exists already" in succeed_here("rf_train.evaluate", "runs/r", *about, folder=here)
     succeed("rf_train.report", "runs/r", "runs/r", folder=here)
     page = (here / "runs/r/report.html").read_text()
     assert page.count("<video") == page.count("data:video/mp4;base64,") == 12 and page.count("<svg") == 5
@@ -299,6 +309,9 @@ BAD_INPUT = [
     (["rf_train.evaluate", "runs/r", "--data", "empty"], "empty: not a dataset"),
     (["rf_train.evaluate", "runs/r", "flow.guidence=2"], "did you mean flow.guidance?"),
     (["rf_train.evaluate", "runs/r", "--given-chunks", 6], "no longer than the 18 given ones"),
+    (["rf_train.evaluate", "runs/r", "--seconds", 6], "--seconds is for --prompts"),
+    (["rf_train.evaluate", "runs/r", "--prompts", "none.txt"], "none.txt"),
+    (["rf_train.evaluate", "runs/r", "--text-agreement", "empty"], "empty: no CLIP here"),
     (["rf_train.report", "empty"], "empty: not a run"),
     (["rf_train.plan", "nowhere.yaml"], "nowhere.yaml: no such recipe"),
     (["rf_train.weights", "empty", "out"], "empty: not a run"),

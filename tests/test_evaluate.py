@@ -3,8 +3,9 @@
 import torch
 
 from rf_train.diffusion.histories import Autoregressive, make_history
-from rf_train.evaluate import solver_distance, table
+from rf_train.evaluation.history_distance import solver_distance
 from rf_train.evaluation.long_videos import summary
+from rf_train.evaluation.results import table
 from rf_train.model.chunks import Dense
 from tests.conftest import random_batch
 from tests.evaluation.test_long_videos import rows_of

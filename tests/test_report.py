@@ -18,16 +18,9 @@ from PIL import Image
 
 from data_prep.video import read_frames, write_video
 from rf_train import config, metrics, report, report_data, report_plots
+from rf_train.evaluation.frechet import Gaussian, latent_features
 from rf_train.evaluation.long_videos import summary
-from rf_train.evaluation.video_metrics import (
-    GENERAL_METRICS,
-    Gaussian,
-    Segment,
-    VideoMetric,
-    VideoPair,
-    compare,
-    latent_features,
-)
+from rf_train.evaluation.video_metrics import GENERAL_METRICS, Segment, VideoMetric, VideoPair, compare
 from rf_train.metrics import METRICS, Metric, Plot, StepMetrics, over_clips
 from rf_train.report_headline import verdict
 from rf_train.run_log import RunLog, read_rows

@@ -16,6 +16,9 @@ parameter. `saving.py` writes checkpoints, `restoring.py` finds the one to go on
 import json
 import math
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -214,11 +217,20 @@ def verified(folder: Path) -> dict:
     return manifest
 
 
-def read_weights(folder: Path, kind: str = "ema") -> dict[str, Tensor]:
-    """All weights of a checkpoint as fp32 tensors: the average ("ema") or the last weights ("master")."""
-    manifest = verified(folder)
+@contextmanager
+def opened_weights(folder: Path, manifest: dict, kind: str = "ema") -> Iterator[dict[str, Callable[[], Tensor]]]:
+    """Functions that read each weight, fp32: of the average ("ema") or the last weights ("master").
+
+    `manifest`: what `verified` gave.
+    """
     try:
         with CheckpointReader(folder, manifest) as reader:
-            return {name: reader.whole(kind, name) for name in manifest["shapes"]}
+            yield {name: partial(reader.whole, kind, name) for name in manifest["shapes"]}
     except SafetensorError as error:
         raise ValueError(f"{folder}: {error}") from None
+
+
+def read_weights(folder: Path, kind: str = "ema") -> dict[str, Tensor]:
+    """All weights of a checkpoint as fp32 tensors; see `opened_weights`."""
+    with opened_weights(folder, verified(folder), kind) as weights:
+        return {name: read() for name, read in weights.items()}

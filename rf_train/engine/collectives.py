@@ -157,15 +157,19 @@ def gather_lines(lines: list[str]) -> list[str]:
     return [line for lines in everyone for line in lines]
 
 
-def on_rank_0(action: Callable[[], T]) -> T:
-    """Runs `action` on rank 0, and returns its result, or raises its error, on every rank. A collective."""
+def on_rank_0(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Runs `action` on rank 0, or a group's first rank, and returns its result, or raises its error, on every rank.
+
+    A collective of the group, or of all ranks.
+    """
     told: list = [None, None]
-    if dist.get_rank() == 0:
+    first = 0 if group is None else dist.get_global_rank(group, 0)
+    if dist.get_rank() == first:
         try:
             told[0] = action()
         except (ValueError, OSError, RunError) as error:
             told[1] = error
-    dist.broadcast_object_list(told)
+    dist.broadcast_object_list(told, src=first, group=group)
     if told[1] is not None:
         raise told[1]
     return told[0]

@@ -6,7 +6,7 @@ batches are put together by `summary`.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,20 +18,15 @@ from data_prep.draw import KINDS
 from data_prep.geometry import LatentGeometry
 from rf_train.data.latent_dataset import LatentDataset
 from rf_train.evaluation.drawn_world import named_objects
+from rf_train.evaluation.frechet import Gaussian, frechet_distance, latent_features, sum_of
 from rf_train.evaluation.statistics import mean_and_std, slope_with_interval
-from rf_train.evaluation.video_metrics import (
-    VIDEO_METRICS,
-    Gaussian,
-    Segment,
-    VideoPair,
-    compare,
-    frechet_distance,
-    latent_features,
-)
+from rf_train.evaluation.text_agreement import TextAgreement
+from rf_train.evaluation.video_metrics import VIDEO_METRICS, Segment, VideoPair, compare
 
 Span = tuple[int, int]  # latent frames [begin, end)
 # (text embeddings, latent frames, seeds, given [B, C, F, H, W]) -> latent chunks [B, C, f, H, W], the given ones first
 Sampler = Callable[[list[Tensor], int, list[int], Tensor], Iterator[Tensor]]
+SEEDS_APART = 1_000_000  # between the seeds of two samples of a clip
 
 
 def segments(frames: int, given: int, length: int) -> list[Span]:
@@ -68,7 +63,8 @@ class LongVideos:
     clips: int
     given: int  # latent frames that a continuation is given
     trained: int  # latent frames of a training clip, and of a segment
-    seed: int = 0  # clip i is sampled with seed + i
+    seed: int = 0  # sample s of clip i is made with seed + i + s SEEDS_APART
+    agreement: TextAgreement | None = None
     kinds: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -100,17 +96,23 @@ class LongVideos:
         """[begin, end] of each segment."""
         return [[pixels.start / self.fps, pixels.stop / self.fps] for pixels in self.pixel_spans]
 
-    def continued(self, sampler: Sampler, indices: Sequence[int]) -> Iterator[tuple[dict, VideoPair]]:
+    def continued(
+        self, sampler: Sampler, indices: Sequence[int], sample: int = 0
+    ) -> Iterator[tuple[dict[str, Any], VideoPair]]:
         """Continues these clips together. Yields a row and the two videos for each."""
         samples = [self.dataset.read(index) for index in indices]
         true = torch.stack([latent for latent, _, _ in samples])
-        seeds = [self.seed + index for index in indices]
+        seeds = [self.seed + index + sample * SEEDS_APART for index in indices]
         texts = [text for _, text, _ in samples]
         made = torch.cat(list(sampler(texts, self.frames, seeds, true[:, :, : self.given])), dim=2).cpu()
-        for index, latent_made, latent_true, (_, _, meta) in zip(indices, made.numpy(), true.numpy(), samples):
-            videos = self.codec.decode(latent_made), self.codec.decode(latent_true)
-            pair = self.compared(*videos, latent_made, latent_true, meta["caption"])
-            row = {"clip": self.dataset.key(index), "caption": meta["caption"], "seed": self.seed + index}
+        latents = made.numpy(), true.numpy()
+        for index, seed, latent_made, latent_true, (_, _, meta) in zip(indices, seeds, *latents, samples):
+            caption, videos = meta["caption"], (self.codec.decode(latent_made), self.codec.decode(latent_true))
+            pair = self.compared(*videos, latent_made, latent_true, caption)
+            if self.agreement is not None:
+                agreed = [self.agreement.of_frames(video, [caption] * len(video), self.fps) for video in videos]
+                pair = replace(pair, text_made=agreed[0], text_true=agreed[1])
+            row = {"clip": self.dataset.key(index), "caption": caption, "seed": seed}
             yield {**row, **self.measured(pair)}, pair
 
     def compared(
@@ -122,26 +124,36 @@ class LongVideos:
 
     def measured(self, pair: VideoPair) -> dict[str, Any]:
         """The metrics of each segment, and what the Frechet distance needs."""
-        parts = [Segment(pair, pixels, slice(*span)) for span, pixels in zip(self.spans, self.pixel_spans)]
-        features = [
-            {"made": Gaussian.of(latent_features(part.latent_made)).record(),
-             "true": Gaussian.of(latent_features(part.latent_true)).record()}
-            for part in parts
-        ]  # fmt: skip
-        return {"segments": [compare(part) for part in parts], "features": features}
+        return measured([Segment(pair, pixels, slice(*span)) for span, pixels in zip(self.spans, self.pixel_spans)])
 
 
-def summary(rows: Sequence[dict], count: int) -> dict[str, Any]:
+def measured(parts: Sequence[Segment]) -> dict[str, Any]:
+    """The metrics of each segment of a video, and what the Frechet distance needs."""
+    features = [
+        {"made": Gaussian.of(latent_features(part.latent_made)).record(),
+         "true": Gaussian.of(latent_features(part.latent_true)).record()}
+        for part in parts
+    ]  # fmt: skip
+    return {"segments": [compare(part) for part in parts], "features": features}
+
+
+def summary(rows: Sequence[dict], count: int, samples: int = 1) -> dict[str, Any]:
     """What rows say together, for each of `count` segments.
+
+    With several samples of each clip, all clips of the first sample come first, then those of the next one. A clip
+    counts with the mean over its samples: videos of the same clip are not independent.
 
     "metrics": {name: [{"mean", "std"} over clips]}, of those that were measured in some clip. "frechet": the distance
     between all generated and all true latents, None if it isn't finite. "slopes": {name: change per segment, with its
     95 % interval}.
     """
-    metrics, slopes = {}, {}
+    metrics, slopes, clips = {}, {}, len(rows) // samples
     frechet: list[float | None] = []
     for metric in VIDEO_METRICS:
-        values = [[row["segments"][i][metric.name] for i in range(count)] for row in rows]
+        values = [
+            [mean_and_std([row["segments"][i][metric.name] for row in rows[clip::clips]])[0] for i in range(count)]
+            for clip in range(clips)
+        ]
         cells = [dict(zip(("mean", "std"), mean_and_std(column))) for column in zip(*values)]
         if any(cell["mean"] is not None for cell in cells):
             metrics[metric.name] = cells
@@ -151,10 +163,3 @@ def summary(rows: Sequence[dict], count: int) -> dict[str, Any]:
         distance = frechet_distance(made, true)
         frechet.append(distance if math.isfinite(distance) else None)
     return {"metrics": metrics, "frechet": frechet, "slopes": slopes}
-
-
-def sum_of(parts: Sequence[Gaussian]) -> Gaussian:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total

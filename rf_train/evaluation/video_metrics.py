@@ -26,6 +26,9 @@ class VideoPair:
     fps: float = 16.0
     caption: str = ""
     kinds: Sequence[str] = ()  # kinds of objects in this drawn world; empty for any other video
+    # [T]: how well each frame agrees with its prompt, NaN for frames that were not looked at; None without an encoder
+    text_made: np.ndarray | None = None
+    text_true: np.ndarray | None = None
 
     @cached_property
     def watched_pair(self) -> tuple[WatchedVideo, WatchedVideo] | None:
@@ -40,11 +43,15 @@ class VideoPair:
 
 @dataclass(frozen=True)
 class Segment:
-    """Some seconds of a generated video, and the same ones of the truth."""
+    """Some seconds of a generated video, and the same ones of the truth.
+
+    Without a truth, `first` is the video's own first segment, with which the others are compared.
+    """
 
     video: VideoPair
     frames: slice
     latent_frames: slice
+    first: "Segment | None" = None
 
     @property
     def made(self) -> np.ndarray:
@@ -52,7 +59,7 @@ class Segment:
 
     @property
     def true(self) -> np.ndarray:
-        return self.video.true[self.frames]
+        return self.video.true[self.frames] if self.first is None else self.first.made
 
     @property
     def latent_made(self) -> np.ndarray:
@@ -60,7 +67,7 @@ class Segment:
 
     @property
     def latent_true(self) -> np.ndarray:
-        return self.video.latent_true[:, self.latent_frames]
+        return self.video.latent_true[:, self.latent_frames] if self.first is None else self.first.latent_made
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,7 @@ class VideoMetric:
     better: str  # "lower", "higher", "near 0" or "near 1"
     meaning: str
     measure: Callable[[Segment], float | None]
+    needs_truth: bool = False  # it says nothing of a segment that is compared with the video's own first one
 
     @property
     def title(self) -> str:
@@ -79,7 +87,10 @@ class VideoMetric:
 
 def compare(segment: Segment) -> dict[str, float | None]:
     """Every metric of one segment, by name."""
-    return {metric.name: metric.measure(segment) for metric in VIDEO_METRICS}
+    return {
+        metric.name: None if metric.needs_truth and segment.first is not None else metric.measure(segment)
+        for metric in VIDEO_METRICS
+    }
 
 
 # ---- what is measured of pictures
@@ -140,6 +151,16 @@ def psnr(segment: Segment) -> float:
 
 def ratio(made: float, true: float) -> float:
     return made / max(true, 1e-6)
+
+
+def difference(made: float | None, true: float | None) -> float | None:
+    return None if made is None or true is None else made - true
+
+
+def text_agreement(by_frame: np.ndarray | None, frames: slice) -> float | None:
+    """The mean over the frames that were looked at; None without any."""
+    looked_at = [] if by_frame is None else by_frame[frames][~np.isnan(by_frame[frames])]
+    return float(np.mean(looked_at)) if len(looked_at) else None
 
 
 def of_drawn(measure: Callable[[WatchedVideo, slice], float | None]) -> Callable[[Segment], float | None]:
@@ -218,6 +239,7 @@ GENERAL_METRICS = (
         "Hellinger distance between the colour histograms of the segment, generated and true: colours and areas, "
         "wherever they are. A frozen picture keeps it low: see motion",
         lambda s: colour_distance(s.made, s.true),
+        needs_truth=True,
     ),
     VideoMetric(
         "colour_drift",
@@ -263,6 +285,7 @@ GENERAL_METRICS = (
         "dB against the true continuation, frame by frame. It falls when positions differ, even where the world is "
         "kept. An empty picture can score better than one with shapes in other places: see colour distance",
         psnr,
+        needs_truth=True,
     ),
     VideoMetric(
         "latent_mse",
@@ -270,67 +293,25 @@ GENERAL_METRICS = (
         "mean squared distance of latents from the true continuation. Like psnr it prefers nothing to something in "
         "another place",
         lambda s: float(((s.latent_made - s.latent_true) ** 2).mean()),
+        needs_truth=True,
     ),
 )
 
-VIDEO_METRICS = DRAWN_METRICS + GENERAL_METRICS
+TEXT_METRICS = (
+    VideoMetric(
+        "text_agreement",
+        "higher",
+        "cosine of the embeddings of the prompt and of frames, mean over frames. What is good depends on the encoder: "
+        "see text gap. A frozen picture keeps it: see motion",
+        lambda s: text_agreement(s.video.text_made, s.frames),
+    ),
+    VideoMetric(
+        "text_gap",
+        "near 0",
+        "text agreement, generated minus true",
+        lambda s: difference(text_agreement(s.video.text_made, s.frames), text_agreement(s.video.text_true, s.frames)),
+        needs_truth=True,
+    ),
+)
 
-
-# ---- over a set of videos
-
-
-def latent_features(latent: np.ndarray) -> np.ndarray:
-    """What the Frechet distance compares: each latent pixel's C values and their change to the next frame.
-
-    latent [C, F, H, W] -> fp64 [(F - 1) H W, 2 C]. So it sees content and motion, not where in the picture they are.
-    """
-    now, change_to_next = latent[:, :-1], np.diff(latent, axis=1)
-    return np.concatenate([now, change_to_next]).reshape(2 * len(latent), -1).T.astype(np.float64)
-
-
-@dataclass(frozen=True)
-class Gaussian:
-    """Mean and covariance of features, from sums that can be added up."""
-
-    count: int
-    total: list[float] | np.ndarray
-    products: list[list[float]] | np.ndarray
-
-    @classmethod
-    def of(cls, features: np.ndarray) -> "Gaussian":
-        return cls(len(features), features.sum(0), features.T @ features)
-
-    def record(self) -> dict:
-        """The fields, ready for JSON."""
-        return {"count": self.count, "total": np.asarray(self.total).tolist(),
-                "products": np.asarray(self.products).tolist()}  # fmt: skip
-
-    def __add__(self, other: "Gaussian") -> "Gaussian":
-        total, products = np.add(self.total, other.total), np.add(self.products, other.products)
-        return Gaussian(self.count + other.count, total, products)
-
-    @property
-    def mean(self) -> np.ndarray:
-        return np.asarray(self.total) / max(self.count, 1)
-
-    @property
-    def covariance(self) -> np.ndarray:
-        return np.asarray(self.products) / max(self.count, 1) - np.outer(self.mean, self.mean)
-
-
-def frechet_distance(one: Gaussian, other: Gaussian) -> float:
-    """Squared Frechet distance of two Gaussians: |m - n|^2 + tr(S + R - 2 (S R)^(1/2)); 0 for the same ones.
-
-    NaN when a mean or a covariance is not finite, as with a model that has diverged.
-    """
-    if not all(np.isfinite(part).all() for side in (one, other) for part in (side.mean, side.covariance)):
-        return float("nan")
-
-    def root(matrix: np.ndarray) -> np.ndarray:
-        values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-        return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-
-    half = root(one.covariance)
-    cross = root(half @ other.covariance @ half)
-    spread = np.trace(one.covariance) + np.trace(other.covariance) - 2 * np.trace(cross)
-    return float(((one.mean - other.mean) ** 2).sum() + max(spread, 0.0))
+VIDEO_METRICS = DRAWN_METRICS + GENERAL_METRICS + TEXT_METRICS

@@ -32,6 +32,21 @@ def first_frames(generator: Generator, video: str | Path, chunks: int) -> Tensor
     return torch.from_numpy(generator.codec.encode(np.stack(pixels[:kept])))[None]
 
 
+def opaque(picture: Image.Image) -> Image.Image:
+    """A picture in RGB, 8 bits: on white where it is transparent; 16 bits are rounded, not cut off.
+
+    Raises ValueError for values of which nobody knows what is white.
+    """
+    if picture.mode.startswith("I;16"):
+        picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"it has numbers of 32 bits ({picture.mode}), and no white")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
 def still_image(generator: Generator, image: str | Path) -> Tensor:
     """Latent [1, C, F, H, W] of a first chunk that shows an image: resized to cover the frame, cropped at its centre.
 
@@ -42,11 +57,11 @@ def still_image(generator: Generator, image: str | Path) -> Tensor:
     height, width = generator.size
     try:
         with Image.open(image) as picture:
-            upright = ImageOps.exif_transpose(picture).convert("RGB")
+            upright = opaque(ImageOps.exif_transpose(picture))
             pixels = np.asarray(ImageOps.fit(upright, (width, height), Image.Resampling.BICUBIC))
     except FileNotFoundError:
         raise ValueError(f"{image}: missing") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{image}: not an image ({str(error).splitlines()[0]})") from None
     frames = generator.geometry.video_frames(generator.model.chunking.first)
     return torch.from_numpy(generator.codec.encode(np.repeat(pixels[None], frames, axis=0)))[None]

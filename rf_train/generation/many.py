@@ -18,18 +18,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.files import locked, write_json
+from data_prep.files import write_json
 from data_prep.video import VideoWriter
+from rf_train.engine.shared_work import claimed, held
+from rf_train.generation.generator import Generator
 from rf_train.generation.memory import BatchPlan
 from rf_train.generation.prompts import Prompts, seed_of
 from rf_train.generation.stream import Videos
 from rf_train.settings import differences
 
 JOB = "job.json"
-
-
-class _Busy(Exception):
-    """Another process holds a lock."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +48,14 @@ class Job:
         """Those of `videos` that are not there yet."""
         return [video for video in videos if not (self.out / video["file"]).exists()]
 
-    @contextlib.contextmanager
-    def lock(self, name: str, wait: bool = True) -> Iterator[None]:
-        """Holds a lock of this job. Raises `_Busy` if another process has it, unless `wait`."""
+    @property
+    def locks(self) -> Path:
+        return self.out / ".locks"
 
-        def busy() -> None:
-            if not wait:
-                raise _Busy
-
-        with locked(self.out / ".locks" / name, busy):
-            yield
+    @property
+    def batch_names(self) -> list[str]:
+        """The names of the batches' locks."""
+        return [f"batch-{number:05d}" for number in range(len(self.batches))]
 
 
 def open_job(out: str | Path, settings: dict, prompts: list[str], samples: int, seed: int, plan: BatchPlan) -> Job:
@@ -80,7 +76,7 @@ def open_job(out: str | Path, settings: dict, prompts: list[str], samples: int, 
         raise ValueError(f"{out}: not a folder; many videos go into one")
     if out.is_dir() and not (out / JOB).exists() and any(path.name != ".locks" for path in out.iterdir()):
         raise ValueError(f"{out}: not empty, and has no {JOB}; choose another folder")
-    with job.lock("job"):
+    with held(job.locks / "job"):
         path = out / JOB
         if not path.exists():
             write_json(path, {"settings": wanted, "plan": vars(plan), "videos": videos})
@@ -101,28 +97,39 @@ def make_batches(job: Job, like: Videos, rank: int, world_size: int) -> int:
     """Makes batches until all are done, or held by others. Returns how many videos this process made.
 
     `like`: the generator, the length and the negative prompt. Where a file system has no locks, ranks begin at
-    different batches, and at worst make the same bytes twice.
+    different batches, and at worst make the same bytes twice. Ranks that make each video together are one here, and its
+    leader chooses the batch.
     """
-    batches, made = job.batches, 0
-    first = rank * len(batches) // world_size
-    with tqdm(total=len(job.videos), unit="video", desc=f"rank {rank}", disable=rank > 0) as bar:
-        for number in [*range(first, len(batches)), *range(first)]:
-            with contextlib.suppress(_Busy), job.lock(f"batch-{number:05d}", wait=False):
-                if job.missing(batches[number]):
-                    made += len(make_batch(job, like, batches[number]))
+    batches, made, leads = job.batches, 0, like.generator.leads
+    with tqdm(total=len(job.videos), unit="video", desc=f"rank {rank}", disable=rank > 0 or not leads) as bar:
+        for number in batches_to_make(job, like.generator, rank * len(batches) // world_size):
+            made += len(make_batch(job, like, batches[number]))
             bar.update(len(job.videos) - len(job.missing(job.videos)) - bar.n)
     return made
 
 
+def batches_to_make(job: Job, generator: Generator, first: int) -> Iterator[int]:
+    """The numbers of the batches that this process takes part in; see `make_batches`."""
+    mine = (
+        number for number in claimed(job.locks, job.batch_names, first) if job.missing(job.batches[number])
+    )  # looked at by the leader only
+    while (number := generator.tell(lambda: next(mine, None))) is not None:
+        yield number
+
+
 def make_batch(job: Job, like: Videos, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Makes a batch, and writes those of its videos that are missing. Returns these.
+    """Makes a batch, and writes those of its videos that are missing. Returns these; none on a rank that only helps.
 
     All of the batch is computed, also when some videos are there: their bytes depend on it.
     """
     videos = Videos(
-        like.generator, [Prompts((0.0,), (video["prompt"],)) for video in batch], [video["seed"] for video in batch],
+        like.generator, [Prompts.of_line(video["prompt"]) for video in batch], [video["seed"] for video in batch],
         like.seconds, like.negative, guidance_in_one_batch=job.plan.guidance_in_one_batch,
     )  # fmt: skip
+    if not like.generator.leads:
+        for _ in videos.latents():
+            pass
+        return []
     missing = job.missing(batch)
     with contextlib.ExitStack() as stack:
         writers = {

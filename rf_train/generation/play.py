@@ -6,6 +6,7 @@ that moves. Only this machine can open the page, and only the page itself can se
 
 import io
 import queue
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 LONGEST_PROMPT = 4000  # bytes
+PATIENCE = 10.0  # seconds that a viewer may take to ask, or to take a frame; then the connection is closed
 
 _PAGE = """<!doctype html>
 <meta charset="utf-8"><title>rf_train</title>
@@ -58,10 +60,9 @@ class Player:
         # One chunk waits while another one is shown: a prompt is seen soon, and the picture doesn't stop in between.
         self._chunks: queue.Queue[np.ndarray] = queue.Queue(maxsize=1)
         try:
-            self._server = ThreadingHTTPServer(("127.0.0.1", port), _handler_of(self))
+            self._server = _Server(("127.0.0.1", port), _handler_of(self))
         except OSError as error:
             raise ValueError(f"--port {port}: {error.strerror}; choose another one, or 0 for any") from None
-        self._server.daemon_threads = True
         self.address = f"http://127.0.0.1:{self._server.server_port}"
         for action in (self._server.serve_forever, self._show):
             threading.Thread(target=action, daemon=True).start()
@@ -109,9 +110,19 @@ class Player:
                     self._changed.notify_all()
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A viewer that leaves in the middle, or says nothing, is no error."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
+
+
 def _handler_of(player: Player) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.0"
+        timeout = PATIENCE
 
         def do_GET(self) -> None:
             if not self._is_ours():
@@ -134,8 +145,10 @@ def _handler_of(player: Player) -> type[BaseHTTPRequestHandler]:
                 self._answer(403, "text/plain", "prompts come from the page itself")
             elif not length.isdigit() or int(length) > LONGEST_PROMPT:
                 self._answer(413, "text/plain", f"a prompt has at most {LONGEST_PROMPT} bytes")
+            elif len(body := self.rfile.read(int(length))) < int(length):
+                self._answer(400, "text/plain", "the prompt is not whole")
             else:
-                player.type(self.rfile.read(int(length)).decode(errors="replace").strip())
+                player.type(body.decode(errors="replace").strip())
                 self._answer(200, "text/plain; charset=utf-8", self._status())
 
         @property
@@ -155,19 +168,24 @@ def _handler_of(player: Player) -> type[BaseHTTPRequestHandler]:
 
         def _answer(self, code: int, kind: str, text: str) -> None:
             body = text.encode()
-            self.send_response(code)
-            self.send_header("Content-Type", kind)
+            self._begin(code, kind)
             self.send_header("Content-Length", str(len(body)))
-            self.send_header("Cache-Control", "no-store")
             self.end_headers()
             self.wfile.write(body)
 
-        def _send_frames(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+        def _begin(self, code: int, kind: str) -> None:
+            """The first headers. Other sites' pages may neither frame this one nor show its pictures."""
+            self.send_response(code)
+            self.send_header("Content-Type", kind)
             self.send_header("Cache-Control", "no-store")
+            self.send_header("X-Frame-Options", "DENY")
+            self.send_header("X-Content-Type-Options", "nosniff")
+            self.send_header("Cross-Origin-Resource-Policy", "same-origin")
+
+        def _send_frames(self) -> None:
+            self._begin(200, "multipart/x-mixed-replace; boundary=frame")
             self.end_headers()
-            with suppress(ConnectionError):  # the viewer has left
+            with suppress(ConnectionError, TimeoutError):  # the viewer has left, or takes no more
                 for jpeg in player.jpegs():
                     head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(jpeg)}\r\n\r\n"
                     self.wfile.write(head.encode() + jpeg + b"\r\n")

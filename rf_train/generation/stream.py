@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data_prep.video import VideoWriter
 from rf_train.diffusion.sampling import VideoRequest, sample_chunks
+from rf_train.engine.shared_work import ranks_here
 from rf_train.generation.generator import Generator
 from rf_train.generation.memory import BatchPlan, Memory, memory_needed
 from rf_train.generation.prompts import Prompts
@@ -30,7 +31,7 @@ class Videos:
     """B videos that are made together, of equal length.
 
     `given` [B, C, F, H, W]: latents of whole chunks that they begin with. `live` is asked before each chunk for a new
-    prompt of all videos, or None.
+    prompt of all videos, or None; where ranks make the videos together, its answer on the leader counts.
     """
 
     generator: Generator
@@ -42,9 +43,29 @@ class Videos:
     guidance_in_one_batch: bool = False
     live: Callable[[], str | None] | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a prompt that is never shown."""
+        if any(len(prompts.times) > 1 for prompts in self.prompts):
+            given = 0 if self.given is None else len(self.generator.model.chunking.sizes(self.given.shape[2]))
+            for prompts in self.prompts:
+                prompts.check_shown(self.begins, given, self.chunk_count)
+
     @property
     def fps(self) -> float:
         return self.generator.fps
+
+    def begins(self, chunk: int) -> float:
+        """The second at which a chunk begins."""
+        return self.generator.geometry.video_frames(self.generator.model.chunking.start(chunk)) / self.fps
+
+    def text_of_frames(self, video: int, frames: int) -> list[str]:
+        """The prompt of each of a video's first frames: that of the frame's chunk."""
+        prompts = self.prompts[video]
+        found: list[str] = []
+        for chunk in range(self.chunk_count):
+            end = self.generator.geometry.video_frames(self.generator.model.chunking.start(chunk + 1))
+            found += [prompts.texts[prompts.at(self.begins(chunk))]] * (min(end, frames) - len(found))
+        return found
 
     @property
     def frames(self) -> int:
@@ -63,13 +84,18 @@ class Videos:
     @property
     def memory(self) -> Memory:
         """What one video needs, and what is free."""
-        return memory_needed(self.generator, self.latent_frames)
+        return memory_needed(self.generator, self.latent_frames, ranks_here())
 
     def chunks(self) -> Iterator[list[np.ndarray]]:
-        """Yields for each chunk the frames of each video: uint8 [f, H, W, 3]."""
+        """Yields for each chunk the frames of each video: uint8 [f, H, W, 3]. On the leader; others take `latents`."""
         generator, made = self.generator, 0
         decoders = [generator.codec.decoder() for _ in self.prompts]
-        for latent in self.latents():
+        for chunk, latent in enumerate(self.latents()):
+            if not latent.isfinite().all():
+                reason = "the weights have diverged, or flow.guidance is too large"
+                raise ValueError(
+                    f"chunk {chunk} (at {self.begins(chunk):.4g} s) has numbers that are not finite: {reason}"
+                )
             frames = [decode(part) for decode, part in zip(decoders, latent.float().cpu())]
             frames = [part[: self.frames - made] for part in frames]
             made += len(frames[0])
@@ -77,7 +103,7 @@ class Videos:
                 yield frames
 
     def latents(self) -> Iterator[Tensor]:
-        """Yields the videos' latents chunk by chunk, each [B, C, f, H, W] in fp32."""
+        """Yields the videos' latents chunk by chunk, each [B, C, f, H, W] in fp32; on all ranks that make them."""
         generator, (text, renewed) = self.generator, self._captions()
         request = VideoRequest.like(
             generator.card, generator.recipe.model, generator.device, text, self.latent_frames, list(self.seeds),
@@ -88,7 +114,7 @@ class Videos:
             negative = generator.embed([self.negative]) * len(self.prompts)
             request = replace(request, empty_text=pad_text(negative, generator.recipe.model).to(generator.device))
         yield from sample_chunks(
-            generator.model, request, generator.recipe.flow, generator.attention, self.guidance_in_one_batch
+            generator.velocity, request, generator.recipe.flow, generator.attention, self.guidance_in_one_batch
         )
 
     def _captions(self) -> tuple[list[Tensor], Callable[[int], Tensor | None]]:
@@ -99,11 +125,10 @@ class Videos:
         now = [0] * len(self.prompts)
 
         def renewed(chunk: int) -> Tensor | None:
-            typed = self.live() if self.live is not None else None
+            typed = None if self.live is None else generator.tell(self.live)
             if typed is not None:
                 return pad_text(generator.embed([typed]) * len(self.prompts), settings)
-            seconds = generator.geometry.video_frames(generator.model.chunking.start(chunk)) / self.fps
-            numbers = [prompts.at(seconds) for prompts in self.prompts]
+            numbers = [prompts.at(self.begins(chunk)) for prompts in self.prompts]
             if numbers == now:
                 return None
             now[:] = numbers

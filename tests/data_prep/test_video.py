@@ -6,7 +6,8 @@ import av
 import numpy as np
 import pytest
 
-from data_prep.video import VideoError, best_stream, declared_seconds, read_frames, write_video
+from data_prep.files import _machine
+from data_prep.video import VideoError, VideoWriter, best_stream, declared_seconds, read_frames, write_video
 
 
 def picture(n, height=64, width=96):
@@ -318,6 +319,28 @@ def test_bad_arguments():
     for arguments in ({"fps": 0}, {"fps": 16, "start": -1}, {"fps": 16, "start": 2, "end": 1}):
         with pytest.raises(ValueError, match="need fps > 0"):
             next(read_frames("x.mp4", **arguments))
+
+
+def test_two_that_write_a_video_at_once_and_one_that_was_killed(tmp_path):
+    """Neither writes into the other's file. What a killed process left is removed, and nobody else's."""
+    path, frames = tmp_path / "a[1].mp4", [np.full((4, 16, 16, 3), value, np.uint8) for value in (50, 200)]
+    killed = tmp_path / f".a[1].mp4.{_machine()}.{2**22 + 1}.00000000.tmp"  # no process has this number
+    other = tmp_path / f".a[1].mp4.{'0' * 12}.1.00000000.tmp"  # of another machine
+    for left in (killed, other):
+        left.write_bytes(b"half")
+    with VideoWriter(path, 16) as one:
+        one.write(frames[0])
+        with VideoWriter(path, 16) as two:
+            two.write(frames[1])
+        assert abs(next(read_frames(path, 16)).mean() - 200) < 3
+        one.write(frames[0])
+    assert abs(np.stack(list(read_frames(path, 16))).mean() - 50) < 3
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([other.name, path.name])
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(ValueError, match="a folder is there"):
+        VideoWriter(tmp_path / "folder.mp4", 16)
+    with pytest.raises(OSError, match=r"none/\.a\.mp4"):
+        write_video(tmp_path / "none/a.mp4", frames[0], 16)
 
 
 def test_write_video_refuses_what_browsers_do_not_play(tmp_path):

@@ -3,8 +3,9 @@
 import pytest
 
 from data_prep.geometry import WAN_2_1
+from rf_train.evaluation.frechet import Gaussian
 from rf_train.evaluation.long_videos import drawn_kinds, pixel_frames, segments, summary
-from rf_train.evaluation.video_metrics import GENERAL_METRICS, VIDEO_METRICS, Gaussian
+from rf_train.evaluation.video_metrics import GENERAL_METRICS, VIDEO_METRICS
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,14 @@
 import numpy as np
 import pytest
 
+from rf_train.evaluation.frechet import Gaussian, frechet_distance, latent_features
 from rf_train.evaluation.video_metrics import (
     GENERAL_METRICS,
     VIDEO_METRICS,
-    Gaussian,
     Segment,
     VideoPair,
     colour_histogram,
     compare,
-    frechet_distance,
-    latent_features,
 )
 
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from data_prep.video import write_video
-from rf_train.generation.given import first_frames, still_image
+from rf_train.generation.given import first_frames, opaque, still_image
 from rf_train.generation.stream import stream
 
 
@@ -36,10 +36,27 @@ def test_a_video_gives_its_first_whole_chunks(tiny_generator, tmp_path):
         first_frames(generator, tmp_path / "short.mp4", 1)
 
 
+def test_transparent_parts_are_white_and_16_bits_are_rounded(tmp_path):
+    for mode in ("RGBA", "LA"):
+        picture = Image.new("L", (2, 1)).convert(mode)
+        picture.putalpha(Image.fromarray(np.array([[0, 255]], np.uint8)))
+        assert np.asarray(opaque(picture)).tolist() == [[[255] * 3, [0] * 3]]
+    palette = Image.new("P", (2, 1))
+    palette.putpixel((1, 0), 1)
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    palette.info["transparency"] = 0
+    assert np.asarray(opaque(palette))[0, :, 0].tolist() == [255, 9]
+    Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16)).save(tmp_path / "deep.png")
+    with Image.open(tmp_path / "deep.png") as picture:
+        assert np.asarray(opaque(picture))[0, :, 0].tolist() == [0, 100, 255]
+
+
 def test_files_that_are_no_images(tiny_generator, tmp_path):
     (tmp_path / "a.png").write_bytes(b"nothing of the kind")
     Image.new("RGB", (64, 64)).save(tmp_path / "b.png")
     (tmp_path / "c.png").write_bytes((tmp_path / "b.png").read_bytes()[:60])
-    for name, says in (("a.png", "not an image"), ("c.png", "not an image"), ("none.png", "missing")):
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "d.tif")
+    wrong = [("a.png", "not an image"), ("c.png", "not an image"), ("d.tif", "not an image .it has numbers of 32 bits")]
+    for name, says in [*wrong, ("none.png", "missing")]:
         with pytest.raises(ValueError, match=f"{name}: {says}"):
             still_image(tiny_generator(), tmp_path / name)

@@ -2,12 +2,15 @@
 
 import http.client
 import io
+import socket
+import threading
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from rf_train.generation.play import LONGEST_PROMPT, Player
+from rf_train.generation.play import LONGEST_PROMPT, PATIENCE, Player
 
 
 @pytest.fixture
@@ -63,3 +66,48 @@ def test_strangers_are_refused(player):
     assert ask(player, "POST", "/prompt", "x" * (LONGEST_PROMPT + 1))[0] == 413
     assert ask(player, "GET", "/../secret")[0] == 404
     assert player.next_prompt() is None
+
+
+def talk(player, sent: bytes, ends: bool = False) -> bytes:
+    """All that the page answers to these bytes; `ends`: nothing more will be sent."""
+    with socket.create_connection(("127.0.0.1", int(player.address.rpartition(":")[2])), timeout=10) as connection:
+        connection.sendall(sent)
+        if ends:
+            connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+
+def test_a_prompt_that_is_cut_off_is_none(player):
+    host = player.address.removeprefix("http://").encode()
+    head = b"POST /prompt HTTP/1.1\r\nHost: " + host + b"\r\nContent-Length: 30\r\n\r\n"
+    assert b"400" in talk(player, head + b"a red", ends=True).splitlines()[0]
+    assert player.next_prompt() is None and player.prompt == "a cross"
+
+
+def test_who_says_nothing_or_takes_nothing_is_let_go(player, monkeypatch, capsys):
+    """Silently: no thread, and no message, is left of a viewer that has gone."""
+    handler = player._server.RequestHandlerClass
+    assert handler.timeout == PATIENCE
+    monkeypatch.setattr(handler, "timeout", 0.2)
+    before = threading.active_count()
+    assert talk(player, b"GET / HT") == b""
+    host = player.address.removeprefix("http://").encode()
+    port = int(player.address.rpartition(":")[2])
+    stuck = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]
+    for viewer in stuck:
+        viewer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        viewer.sendall(b"GET /frames HTTP/1.1\r\nHost: " + host + b"\r\n\r\n")
+    stuck.pop().close()
+    noise = np.random.default_rng(0).integers(0, 256, (20, 512, 512, 3), dtype=np.uint8)
+    end = time.monotonic() + 20
+    while time.monotonic() < end and (player.shown < 20 or threading.active_count() > before):
+        player.add(noise)
+    assert threading.active_count() <= before
+    stuck[0].close()
+    assert capsys.readouterr().err == ""
+
+
+def test_other_sites_may_not_show_the_page_or_its_pictures(player):
+    host = player.address.removeprefix("http://").encode()
+    answer = talk(player, b"GET / HTTP/1.1\r\nHost: " + host + b"\r\n\r\n").lower()
+    assert b"cross-origin-resource-policy: same-origin" in answer and b"x-frame-options: deny" in answer

@@ -80,6 +80,15 @@ def test_a_prompt_typed_while_the_video_goes_on_changes_it(tiny_generator):
     timed = np.concatenate(list(stream(generator, ["0: a red cross", "1.3: a green disc"], seconds=45 / 16)))
     plain = np.concatenate(list(stream(generator, "a red cross", seconds=45 / 16)))
     assert np.array_equal(made, timed) and not np.array_equal(made, plain)
+    with pytest.raises(ValueError, match=r'"2.5: b" is never shown: the last chunk of the video begins at 2\.0'):
+        stream(generator, ["0: a", "2.5: b"], seconds=45 / 16)
+
+
+def test_numbers_that_are_not_finite_are_no_video(tiny_generator, tmp_path):
+    video = stream(tiny_generator(flow={"guidance": 1e39}), "a", seconds=1)
+    with pytest.raises(ValueError, match=r"chunk 0 \(at 0 s\) has numbers that are not finite.*flow.guidance"):
+        write(video, tmp_path / "out.mp4", video.fps)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_negative_prompt_takes_the_empty_captions_place(tiny_generator):
