@@ -190,6 +190,8 @@ def read_manifest(folder: Path) -> dict:
     own = own_hash(manifest)
     if manifest.get("hash", own) != own or not all(name and name == Path(name).name for name in names):
         raise Damaged(f"{path}: edited or damaged, its hash is not that of what it says; {advice}")
+    if not isinstance(manifest["shapes"], dict) or not all(isinstance(s, list) for s in manifest["shapes"].values()):
+        raise Damaged(f"{path}: its shapes are no mapping of names to lists; {advice}")
     if manifest["step"] != step_of(folder):
         raise Damaged(f"{folder}: holds the checkpoint of step {manifest['step']}; give the folder that name")
     return manifest

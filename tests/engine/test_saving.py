@@ -1,6 +1,7 @@
 """Saving: files that safetensors reads, hashed on their way; failures that leave older checkpoints whole."""
 
 import hashlib
+import json
 import os
 import threading
 import time
@@ -117,6 +118,11 @@ def test_the_manifest_covers_its_own_numbers(tmp_path):
         path.write_text(text.replace(before, after))
         with pytest.raises(checkpoint.Damaged, match=r"manifest.json: edited or damaged"):
             checkpoint.verified(folder)
+    without_hash = {**json.loads(text), "shapes": 3}
+    without_hash.pop("hash")
+    path.write_text(json.dumps(without_hash))
+    with pytest.raises(checkpoint.Damaged, match=r"manifest.json: its shapes are no mapping"):
+        checkpoint.verified(folder)
     path.write_text(text)
     folder.rename(folder.with_name("step-00000002"))
     with pytest.raises(checkpoint.Damaged, match=r"holds the checkpoint of step 1"):
