@@ -150,7 +150,9 @@ def begin_folder(out: Path, record: dict, maker: str) -> None:
         except ValueError:
             found = None
         if found != record:
-            raise ValueError(f"{out}: holds videos made with other settings ({found}); choose another folder")
+            raise ValueError(
+                f"{out}: holds videos made with other settings ({found}); remove it, or choose another folder"
+            )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: exists and was not made by data_prep.{maker}; choose another folder")
     else:

@@ -172,13 +172,16 @@ def write_windows(source: str | Path, out: str | Path, settings: WindowSettings)
     source, out = Path(source), Path(out)
     single = source.is_file() and source.suffix.lower() in SUFFIXES
     rows = [Row(0, source, source.name, "")] if single else list_source(source)
-    begin_folder(out, {**asdict(settings), "size": list(settings.size), **fingerprints(rows)}, "windows")
+    record = {**asdict(settings), "size": list(settings.size), **fingerprints(rows)}
+    if out.exists():
+        begin_folder(out, record, "windows")
     names = {part: [out / part / f"window-{i:05d}" for i in range(count)] for part, count in counts(settings).items()}
     missing = {part: [not name.with_suffix(".mp4").is_file() for name in found] for part, found in names.items()}
     if not any(map(any, missing.values())):
         return 0
     films = read_films(rows, settings)
-    chosen = {part: list(windows(films, part, settings)) for part in reversed(PARTS)}  # before anything is written
+    chosen = {part: list(windows(films, part, settings)) for part in reversed(PARTS)}
+    begin_folder(out, record, "windows")  # nothing is written before it is known that windows fit
     for part, found in chosen.items():
         (out / part).mkdir(exist_ok=True)
         length = settings.frames if part == "train" else settings.held_out_frames

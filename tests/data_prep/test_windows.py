@@ -98,7 +98,7 @@ def test_what_can_not_be_used_is_one_line(video, tmp_path, capsys):
     assert main([str(video), out]) == 2
     words = capsys.readouterr().err
     assert "no held-out window of 173 frames fits: the longest video has 96 frames at 16 fps" in words
-    assert not list((tmp_path / "out").glob("*/*.mp4"))
+    assert not (tmp_path / "out").exists()  # a better video may follow
     (video / "b.mp4").write_text("no video")
     assert write_windows(video, tmp_path / "some", SMALL) == 44 and "b.mp4: not a video" in capsys.readouterr().err
     assert main([str(tmp_path / "none.mp4"), out]) == 2 and "no such folder" in capsys.readouterr().err
