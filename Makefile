@@ -1,6 +1,8 @@
 # make demo                    from raw video files to a trained, sampled, measured model: runs/demo/report.html
 # make evidence                hours: every claim with several seeds: runs/evidence/results.md (rf_train/evidence)
 # make evidence E=--quick      the same in minutes, only to see that it runs; E="histories --seeds 1" a part of it
+# make evidence VIDEO=CLIP.mp4 with the histories on real pixels, too: a file or a folder of your own; FPS=15 is its rate
+# make real-data VIDEO=...     only the data of that; then: .venv/bin/python -m rf_train.evidence real
 # make test                    all tests;  make test T=tests/model  some of them
 # make test-fast               all but the slow tests: for everyday work
 # make test-slurm              the batch scripts on a real Slurm; installs it (Debian)
@@ -39,9 +41,11 @@ CLIPS := --fps 16 --size 32x32 --text default
 PROMPT := a red cross moving right
 
 E ?=
+VIDEO ?=
+FPS ?= 16
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: demo demo-data evidence test test-fast test-slurm lint format setup clean
+.PHONY: demo demo-data real-data evidence test test-fast test-slurm lint format setup clean
 
 demo: demo-data
 	$(TRAIN) demo optimizer.micro_batch=$(MICRO) evaluation.every=800
@@ -59,8 +63,17 @@ demo-data: setup
 	$(ENCODE) $(DATA)/videos/train $(DATA)/train $(CLIPS) --frames 57 --codec default
 	$(ENCODE) $(DATA)/videos/long $(DATA)/long $(CLIPS) --frames 237 --codec default:$(DATA)/train
 
+# Small windows out of a real video. Clips of four times the trained length, of other seconds, to evaluate on.
+REAL := data/real
+REAL_CLIPS := --fps $(FPS) --size 32x32 --text default
+real-data: setup
+	@test -n '$(VIDEO)' || { echo "error: name a real video: make real-data VIDEO=FILE_OR_FOLDER" >&2; exit 2; }
+	$(BIN)/python -m data_prep.windows '$(VIDEO)' $(REAL)/videos --fps $(FPS)
+	$(ENCODE) $(REAL)/videos/train $(REAL)/train $(REAL_CLIPS) --frames 41 --codec default
+	$(ENCODE) $(REAL)/videos/held_out $(REAL)/long $(REAL_CLIPS) --frames 173 --codec default:$(REAL)/train
+
 # Ten times the trained length to evaluate on, and clips of twice the length to train on.
-evidence: demo-data
+evidence: demo-data $(if $(VIDEO),real-data)
 	$(DRAW) $(DATA)/videos/ten --videos 16 --frames 597 $(WORLD) --seed 2
 	$(DRAW) $(DATA)/videos/train_long --videos 512 --frames 117 $(WORLD) --seed 3
 	$(ENCODE) $(DATA)/videos/ten $(DATA)/ten $(CLIPS) --frames 597 --codec default:$(DATA)/train

@@ -8,7 +8,6 @@ model of this world has to remember it.
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.command import GOES_ON, require_finite, run_command
-from data_prep.files import write_atomic
+from data_prep.files import begin_folder, write_atomic
 from data_prep.geometry import parse_size
 from data_prep.video import write_video
 
@@ -184,7 +183,7 @@ def draw(out: str | Path, settings: DrawSettings) -> int:
     """
     out = Path(out)
     settings.validate()
-    begin_folder(out, settings.record())
+    begin_folder(out, settings.record(), "draw")
     height, width = settings.size
     paths = [out / f"video-{index:05d}.mp4" for index in range(settings.videos)]
     missing = [i for i, path in enumerate(paths) if not (path.is_file() and path.with_suffix(".txt").is_file())]
@@ -194,23 +193,6 @@ def draw(out: str | Path, settings: DrawSettings) -> int:
         frames = render(shapes, settings.frames, settings.size, settings.fps)
         write_video(paths[index], frames, settings.fps, crf=10)
     return len(missing)
-
-
-def begin_folder(out: Path, record: dict) -> None:
-    """Makes the folder and its `draw.json`. Raises ValueError if the folder holds other videos, or anything else."""
-    path = out / "draw.json"
-    if path.is_file():
-        try:
-            found = json.loads(path.read_text())
-        except ValueError:
-            found = None
-        if found != record:
-            raise ValueError(f"{out}: holds videos drawn with other settings ({found}); choose another folder")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: exists and was not made by data_prep.draw; choose another folder")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(record))
 
 
 def parse_range(text: str) -> tuple[int, int]:

@@ -136,3 +136,25 @@ def sha256_of_files(paths: list[Path], settings: dict) -> str:
     for path in sorted(paths):
         digest.update(f"{path.name}:{sha256_of_file(path)}".encode())
     return digest.hexdigest()
+
+
+def begin_folder(out: Path, record: dict, maker: str) -> None:
+    """Makes a folder of videos for the command `data_prep.MAKER`, with its settings in MAKER.json.
+
+    Raises ValueError if the folder holds videos of other settings, or anything else.
+    """
+    path = out / f"{maker}.json"
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text())
+        except ValueError:
+            found = None
+        if found != record:
+            raise ValueError(
+                f"{out}: holds videos made with other settings ({found}); remove it, or choose another folder"
+            )
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: exists and was not made by data_prep.{maker}; choose another folder")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(record))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_prep import draw, encode, merge, preview, stats
+from data_prep import draw, encode, merge, preview, stats, windows
 from rf_train import config, metrics
 from rf_train.diffusion import histories
 from rf_train.diffusion.histories import History
@@ -94,6 +94,6 @@ def test_the_kinds_and_options_are_documented():
                 assert row, f"rf_train/recipes/README.md has no row for {kind!r}"
                 assert all(f"`{field.name}`" in row for field in fields(cls)), row
     data = (PROJECT / "data_prep/README.md").read_text()
-    for module in (encode, draw, merge, preview, stats):
-        for option in re.findall(r'add_argument\("(--[a-z-]+)"', Path(module.__file__).read_text()):
+    for module in (encode, draw, merge, preview, stats, windows):
+        for option in re.findall(r'add(?:_argument)?\("(--[a-z-]+)"', Path(module.__file__).read_text()):
             assert option in data, option

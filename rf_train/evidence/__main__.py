@@ -7,6 +7,7 @@ stopped anywhere: the same command goes on. Hours on two CPU cores; `--quick` on
 import argparse
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -15,7 +16,6 @@ from tqdm import tqdm
 from data_prep.card import NotADataset, read_card
 from data_prep.command import run_command
 from data_prep.files import locked
-from rf_train import config
 from rf_train.engine.collectives import free_port
 from rf_train.evidence.experiments import FILE, Arm, Plan, chosen, read_evidence
 from rf_train.evidence.results import add_record, check_same_plan, read_records, record_of, write_page
@@ -33,16 +33,35 @@ def runs_needed(plan: Plan, names: list[str], arms: list[str], seeds: int) -> li
     return [(plan.evidence.arm[arm], seed) for seed, arm in sorted(wanted, key=lambda pair: pair[0])]
 
 
-def check_data(plan: Plan, arm: Arm) -> None:
-    """Raises ValueError when a dataset that an arm needs isn't there."""
-    recipe = config.load(config.recipe_path(arm.recipe), arm.settings)
-    names = [recipe.dataset_of(stage) for stage in recipe.stages]
-    for folder in (plan.evidence.clips.data, *(folder for name in names for folder in recipe.folders_of(name))):
-        try:
-            read_card(folder)
-        except NotADataset:
-            needed = "`make evidence` draws and encodes all that the experiments need"
-            raise ValueError(f"{folder}: no dataset; {needed}") from None
+def missing_data(plan: Plan, arms: Iterable[str]) -> str:
+    """The first dataset that these arms need and that isn't there; "" if there are all."""
+    for arm in arms:
+        for folder in plan.datasets(plan.evidence.arm[arm]):
+            try:
+                read_card(folder)
+            except NotADataset:
+                return folder
+    return ""
+
+
+def possible(plan: Plan, names: list[str], arms: list[str]) -> list[str]:
+    """The names of the experiments to do: without `names`, those that need something to be given are left out.
+
+    Raises ValueError when data isn't there.
+    """
+    found = []
+    for experiment in chosen(plan.evidence, names):
+        missing = missing_data(plan, [arm for arm in experiment.arms if not arms or arm in arms])
+        if missing and experiment.needs and not names:
+            print(f"{experiment.name}: left out, it needs {experiment.needs}", file=sys.stderr)
+        elif missing:
+            needed = experiment.needs or "what `make evidence` draws and encodes"
+            raise ValueError(f"{missing}: no dataset; the experiment {experiment.name} needs {needed}")
+        else:
+            found.append(experiment.name)
+    if not found:
+        raise ValueError("no experiment is left to do")
+    return found
 
 
 def run_arm(plan: Plan, arm: Arm, seed: int) -> None:
@@ -86,9 +105,7 @@ def gather_evidence(options: argparse.Namespace) -> None:
     out = Path(options.out or ("runs/evidence-quick" if options.quick else "runs/evidence"))
     plan = Plan(read_evidence(Path(options.file)), out, ranks, options.quick)
     seeds = options.seeds or (2 if options.quick else 0)
-    needed = runs_needed(plan, options.experiments, options.arm, seeds)
-    for arm, _ in needed:
-        check_data(plan, arm)
+    needed = runs_needed(plan, possible(plan, options.experiments, options.arm), options.arm, seeds)
     if options.list:
         for arm, seed in needed:
             print(" ".join(plan.training(arm, seed)), " ".join(plan.evaluation(arm, seed)), sep="\n")

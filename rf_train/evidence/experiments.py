@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from data_prep.card import NotADataset, read_card
 from rf_train import config
 from rf_train.config import Recipe
 from rf_train.planning import costs
@@ -26,6 +27,7 @@ class Arm:
     start: str = ""  # the arm whose first stage this one shares
     settings: tuple[str, ...] = ()  # a.b=c
     equal_compute: str = ""  # the arm whose last stage costs as many FLOP as this one's
+    clips: str = ""  # dataset of the held-out clips; empty: that of the file's `clips`
 
     def validate(self) -> None:
         require_name(self.name)
@@ -39,6 +41,7 @@ class Experiment:
     question: str = ""
     arms: tuple[str, ...] = ()
     seeds: int = 3
+    needs: str = ""  # what to give, if `make evidence` alone does not make the data
 
     def validate(self) -> None:
         require_name(self.name)
@@ -137,8 +140,19 @@ class Plan:
             "recipe": what_is_trained(self.recipe(arm)),
             "start": what_is_trained(self.recipe(start)) if start else None,
             "seed": seed,
-            "clips": [self.evidence.clips.data, self.clips],
+            "clips": [self.clips_of(arm), self.clips],
+            **({"videos": [source_of(folder) for folder in dict.fromkeys(self.datasets(arm))]} if arm.clips else {}),
         }
+
+    def clips_of(self, arm: Arm) -> str:
+        """The dataset that an arm is evaluated on."""
+        return arm.clips or self.evidence.clips.data
+
+    def datasets(self, arm: Arm) -> list[str]:
+        """All datasets that an arm needs: first the one that it is evaluated on, then those it is trained on."""
+        recipe = config.load(config.recipe_path(arm.recipe), arm.settings)
+        names = [recipe.dataset_of(stage) for stage in recipe.stages]
+        return [self.clips_of(arm), *(folder for name in names for folder in recipe.folders_of(name))]
 
     @property
     def clips(self) -> int:
@@ -152,7 +166,7 @@ class Plan:
 
     def evaluation(self, arm: Arm, seed: int) -> list[str]:
         """The command that evaluates this run."""
-        clips = ["--data", self.evidence.clips.data, "--clips", str(self.clips), "--batch", "16", "--videos", "2"]
+        clips = ["--data", self.clips_of(arm), "--clips", str(self.clips), "--batch", "16", "--videos", "2"]
         return ["python", "-m", "rf_train.evaluate", str(self.folder(arm.name, seed)), *clips]
 
     def tflop(self, arm: Arm) -> float:
@@ -167,6 +181,15 @@ def what_is_trained(recipe: Recipe) -> dict:
     plain = config.to_dict(recipe)
     del plain["optimizer"]["micro_batch"]
     return {section: plain[section] for section in ("model", "data", "flow", "optimizer", "stages")}
+
+
+def source_of(dataset: str) -> str:
+    """A fingerprint of the videos that a dataset is made of: their names and sizes. Empty if it isn't there."""
+    try:
+        settings = read_card(dataset)["source"].get("settings", {})
+    except NotADataset:
+        return ""
+    return " ".join(settings.get(key, "")[:16] for key in ("source", "source_sizes"))
 
 
 def step_flop(recipe: Recipe, ranks: int, position: int) -> float:

@@ -10,11 +10,12 @@ from data_prep.files import locked, write_atomic, write_json
 from data_prep.pages import COLOURS, new_figure
 from rf_train import config
 from rf_train.evaluation.statistics import mean_and_std
-from rf_train.evaluation.video_metrics import VIDEO_METRICS
+from rf_train.evaluation.video_metrics import GENERAL_METRICS, VIDEO_METRICS
 from rf_train.evidence.experiments import Arm, Experiment, Plan, what_is_trained
 from rf_train.run_log import read_rows
 
 SHOWN = ("shape_kept", "objects_kept", "speed", "goes_straight", "bounces", "sharpness", "frechet")
+SHOWN_OF_REAL_VIDEO = (*(metric.name for metric in GENERAL_METRICS), "frechet")
 BETTER = {metric.name: metric.better for metric in VIDEO_METRICS} | {"frechet": "lower"}
 
 REQUIRED = {
@@ -119,8 +120,8 @@ def write_page(plan: Plan, records: Records) -> Path:
     """Writes `results.md`, and a picture of curves for each experiment that has results, beside results.json."""
     parts = [
         "# Results",
-        "Written by `python -m rf_train.evidence`. Segments are as long as a training clip of the demo. Each number "
-        "is the mean over seeds of the mean over clips, and the standard deviation over seeds; a number alone is one "
+        "Written by `python -m rf_train.evidence`. Segments are as long as a training clip. Each number is "
+        "the mean over seeds of the mean over clips, and the standard deviation over seeds; a number alone is one "
         "seed. An experiment is shown when most of its arms have been run. The metrics are explained in "
         "[evaluation](../evaluation/README.md).",
     ]
@@ -158,7 +159,7 @@ def experiment_parts(plan: Plan, experiment: Experiment, arms: list[Arm], record
     spans = shortest_spans(arms, records)
     picked = sorted({i for i in (0, 1, 2, 3, len(spans) - 1) if i < len(spans)})
     heads = [f"{spans[i][0]:.1f}-{spans[i][1]:.1f} s" for i in picked]
-    for name in SHOWN:
+    for name in shown_metrics(arms, records):
         found = [[values_of(records, arm, name, i) for i in picked] for arm in arms]
         if all(value is None for row in found for values in row for value in values):
             continue
@@ -180,6 +181,12 @@ def experiment_parts(plan: Plan, experiment: Experiment, arms: list[Arm], record
     again = f"python -m rf_train.evidence {experiment.name} --arm {first.name} --seeds 1 --out runs/again"
     parts.append(f"Or, with all that it starts from: `{again}`")
     return parts
+
+
+def shown_metrics(arms: Sequence[Arm], records: Records) -> tuple[str, ...]:
+    """What tables and curves show: of the drawn world what is known exactly, of any other video the general metrics."""
+    drawn = any(value is not None for arm in arms for value in values_of(records, arm, "shape_kept", 0))
+    return SHOWN if drawn else SHOWN_OF_REAL_VIDEO
 
 
 def shortest_spans(arms: Sequence[Arm], records: Records) -> list[list[float]]:
@@ -253,7 +260,7 @@ def curves(arms: list[Arm], records: Records) -> bytes:
     middle = [sum(span) / 2 for span in spans]
     shown = [
         name
-        for name in SHOWN
+        for name in shown_metrics(arms, records)
         if any(value is not None for arm in arms for value in values_of(records, arm, name, 0))
     ]  # fmt: skip
     columns = 4

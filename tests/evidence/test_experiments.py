@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from rf_train.evidence import __main__ as command
 from rf_train.evidence.experiments import FILE, Clips, Evidence, Experiment, Plan, chosen, read_evidence, step_flop
 from rf_train.evidence.results import check_same_plan, read_records
 from rf_train.settings import from_plain
-from tests.conftest import write_dataset
+from tests.conftest import change_card, write_dataset
 
 SHIPPED = read_evidence(FILE)
 
@@ -140,13 +141,52 @@ def test_the_committed_results_are_those_of_the_shipped_experiments(tmp_path, mo
     shipped = Plan(SHIPPED, Path("runs/evidence"))
     for name, seeds in read_records(FILE.parent / "results.json").items():
         for seed, record in seeds.items():
+            if "videos" in record["identity"]:
+                record["identity"]["videos"] = ["", ""]  # the real video is not here
             check_same_plan(shipped, SHIPPED.arm[name], int(seed), record)
 
 
 def test_data_that_is_not_there_is_one_line(plan, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert command.main(["histories", "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.startswith("error: data/demo/ten: no dataset; `make evidence`")
+    assert capsys.readouterr().err.startswith("error: data/demo/ten: no dataset; the experiment histories needs what")
+    assert command.main(["real", "--out", str(tmp_path / "out")]) == 2
+    words = "error: data/real/long: no dataset; the experiment real needs a real video: make real-data VIDEO="
+    assert capsys.readouterr().err.startswith(words)
+
+
+def test_what_needs_a_video_is_left_out_unless_it_is_named(plan, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arm = plan.evidence.arm["noise"]
+    real = replace(arm, name="own_video", start="", clips="data/real/long")
+    experiments = (Experiment("histories", arms=("noise",)), Experiment("own", arms=("own_video",), needs="a video"))
+    evidence = Evidence((*plan.evidence.arms, real), experiments, plan.evidence.clips)
+    plan = replace(plan, evidence=evidence)
+    assert command.possible(plan, [], []) == ["histories"]
+    assert capsys.readouterr().err == "own: left out, it needs a video\n"
+    for folder in ("data/real", "data/other"):
+        write_dataset(Path(folder) / "long", count=1, frames=20, settings=plan.recipe(arm).model, height=4, width=4)
+    assert command.possible(plan, [], []) == ["histories", "own"] and capsys.readouterr().err == ""
+    nothing = Evidence(evidence.arms, (replace(experiments[1], arms=("elsewhere",)),))
+    nothing = Evidence((*evidence.arms, replace(real, name="elsewhere", clips="data/none")), nothing.experiments)
+    with pytest.raises(ValueError, match="no experiment is left to do"):
+        command.possible(replace(plan, evidence=nothing), [], [])
+
+
+def test_an_arm_with_clips_of_its_own_is_evaluated_on_them_and_knows_another_video(plan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = replace(plan.evidence.arm["noise"], clips="data/real/long")
+    settings = plan.recipe(own).model
+    write_dataset(Path("data/real/long"), count=1, frames=20, settings=settings, height=4, width=4)
+    change_card(Path("data/real/long"), lambda card: card["source"]["settings"].update(source="a", source_sizes="b"))
+    command_line = plan.evaluation(own, 0)
+    assert command_line[command_line.index("--data") + 1] == "data/real/long"
+    record = {"identity": plan.identity(own, 0)}
+    assert record["identity"]["clips"] == ["data/real/long", 4] and record["identity"]["videos"] == ["a b", " "]
+    check_same_plan(plan, own, 0, record)
+    change_card(Path("data/real/long"), lambda card: card["source"]["settings"].update(source_sizes="c"))
+    with pytest.raises(ValueError, match="was run with other settings"):
+        check_same_plan(plan, own, 0, record)
 
 
 def test_a_command_that_fails_is_told_with_its_error(tmp_path):

@@ -71,9 +71,13 @@ def test_equal_results_give_equal_files(plan, tmp_path):
 
 def test_without_shapes_arms_are_compared_by_frechet_distance(plan):
     for arm, distance in (("a", 0.5), ("b", 0.2)):
-        own = record(0.0, metrics={"sharpness": [1.0, 1.0], "frechet": [0.1, distance]})
+        own = record(0.0, metrics={"motion": [1.0, 0.7], "frechet": [0.1, distance]})
         records = add_record(plan, EVIDENCE.arm[arm], 0, own)
-    assert "arm B against arm A: -0.30, better with 1 of 1 seeds" in write_page(plan, records).read_text()
+    page = write_page(plan, records).read_text()
+    assert "arm B against arm A: -0.30, better with 1 of 1 seeds" in page
+    assert "**motion** (near 1)" in page and "| arm A | 1.00 | 0.70 |" in page
+    records = add_record(plan, EVIDENCE.arm["b"], 0, record(0.5))  # a drawn world: what is known exactly is shown
+    assert "motion" not in write_page(plan, records).read_text()
 
 
 def test_an_arm_without_a_metric_is_left_out_of_its_comparison(plan):
@@ -133,7 +137,7 @@ def test_what_is_done_is_not_done_again_and_a_failure_keeps_what_is_done(plan, m
         ran.append((arm.name, seed))
 
     monkeypatch.setattr(command, "read_evidence", lambda _: EVIDENCE)
-    monkeypatch.setattr(command, "check_data", lambda *_: None)
+    monkeypatch.setattr(command, "missing_data", lambda *_: "")
     monkeypatch.setattr(command, "run_arm", run_arm)
     monkeypatch.setattr(command, "record_of", lambda *_: record(0.5))
     monkeypatch.setattr(Plan, "identity", lambda self, arm, seed: IDENTITY)
