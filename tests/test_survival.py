@@ -119,6 +119,18 @@ def test_a_run_that_is_asked_to_stop_saves_and_leaves_no_process(launched, numbe
     assert not (out / "lock.json").exists() and not list(out.glob("checkpoints/*.making"))
 
 
+@pytest.mark.parametrize("whom", ["launcher", "runner"])
+def test_ranks_whose_launcher_dies_while_they_still_import_leave_too(launched, whom):
+    """By the time that they look, their parent is another process."""
+    launch, path, out = launched
+    launch(100_000)
+    wait_for(lambda: len(processes_of(path)["ranks"]) == 2)
+    for pid in processes_of(path)[whom]:
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not any(processes_of(path).values()), 60)
+    assert rows(out) == 0
+
+
 def train_until_on_this_rank(recipe: dict, until: int) -> dict:
     """Trains until it is asked to stop after so many steps. Returns what this rank was given at each step."""
 

@@ -18,6 +18,7 @@ from rf_train.engine.collectives import RunError, current_device
 from rf_train.engine.processes import command, parent
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # the last: a terminal that is gone
+GONE = -1  # the number of no process
 LAUNCHER_DIED, FOLDER_LOST = 1001, 1002  # reasons that are no signals
 
 
@@ -103,12 +104,17 @@ def words(reason: int) -> str:
 def launchers() -> list[tuple[int, int]]:
     """(child, parent) of this process and its launcher, and of that one and DeepSpeed's runner, if it started it.
 
-    The launcher outlives a runner that is killed.
+    The launcher outlives a runner that is killed. Where one of them died before this process could look, its number is
+    GONE.
     """
-    launcher = parent(os.getpid())
+    own, launcher = os.getpid(), parent(os.getpid())
     runner = parent(launcher)
-    found = [(os.getpid(), launcher)]
-    return [*found, (launcher, runner)] if _is_deepspeed(launcher) and _is_deepspeed(runner) else found
+    if not _is_deepspeed(launcher):
+        by_deepspeed = any(word.startswith("--local_rank=") for word in command(own))
+        return [(own, GONE if by_deepspeed else launcher)]
+    if not _is_deepspeed(runner):  # over ssh it is on another machine
+        return [(own, launcher), *([(launcher, GONE)] if runner == 1 else [])]
+    return [(own, launcher), (launcher, runner)]
 
 
 def _is_deepspeed(pid: int) -> bool:

@@ -11,13 +11,13 @@ import pytest
 
 from data_prep.command import GO_ON, INTERRUPTED
 from rf_train.engine import stopping
-from rf_train.engine.stopping import LAUNCHER_DIED, SIGNALS, Stop, launchers, words
+from rf_train.engine.stopping import GONE, LAUNCHER_DIED, SIGNALS, Stop, launchers, words
 from tests.distributed import PROJECT
 
 # Stands for a rank. argv: "saves" or "starts"; seconds to sleep, or "busy" in one call for minutes, as in a collective.
 RANK = """
 import hashlib, sys, time
-from rf_train.engine.stopping import Stop, words
+from rf_train.engine.stopping import GONE, Stop, words
 stop = Stop()
 stop.saves, stop.one_signal = sys.argv[1] == "saves", 0.5
 with stop.listening():
@@ -115,11 +115,16 @@ def test_deepspeeds_runner_behind_its_launcher_is_watched_and_nobody_else(monkey
         8: ["bash", "-c", "deepspeed --module rf_train.train"],
         20: ["torchrun", "train.py"],
     }
-    parents = {10: 9, 9: 8, 8: 1, 20: 8}
-    monkeypatch.setattr(stopping, "command", lambda pid: commands.get(pid, []))
-    for own_parent, found in ((10, [10, 9]), (20, [20])):
+    parents = {10: 9, 9: 8, 8: 1, 20: 8, 11: 1, 12: 13, 1: 0}
+    commands[11] = commands[12] = commands[10]  # their runners are gone, or on another machine
+    own: list[str] = ["python", "train.py"]
+    monkeypatch.setattr(stopping, "command", lambda pid: own if pid == os.getpid() else commands.get(pid, []))
+    for own_parent, found in ((10, [10, 9]), (20, [20]), (1, [1]), (11, [11, GONE]), (12, [12])):
         monkeypatch.setattr(stopping, "parent", lambda pid, own=own_parent: parents.get(pid, own))
         assert [launcher for _, launcher in launchers()] == found
+    own.append("--local_rank=1")  # DeepSpeed's launcher has started it
+    monkeypatch.setattr(stopping, "parent", lambda pid: parents.get(pid, 1))
+    assert launchers() == [(os.getpid(), GONE)]
 
 
 def test_what_was_there_before_is_there_after():
