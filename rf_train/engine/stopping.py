@@ -73,9 +73,9 @@ class Stop:
         elif now - self._first > self.one_signal:
             _leave(f"stopped at once by a second signal ({words(reason)})", INTERRUPTED)
 
-    def agreed(self, heard: bool = True) -> int:
-        """The reason to stop of some rank that has `heard`; 0 for none. A collective, the same on all ranks."""
-        reason = torch.tensor(self.reason if heard else 0, device=current_device())
+    def agreed(self) -> int:
+        """The reason to stop of some rank; 0 for none. A collective, the same on all ranks."""
+        reason = torch.tensor(self.reason, device=current_device())
         dist.all_reduce(reason, dist.ReduceOp.MAX)
         return int(reason)
 

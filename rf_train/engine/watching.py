@@ -35,6 +35,8 @@ class Watch:
         self._place, self._since, self._allowed = "start", time.monotonic(), float("inf")
         self._ended, self._failed = threading.Event(), threading.Event()
         self.on_leaving: Callable[[str], object] = lambda why: None  # is told why this rank ends
+        self.asked: Callable[[], object] = lambda: False  # whether this rank was asked to stop
+        self.asked_anywhere = False  # whether some rank was, for who waits where no collective can tell
         self._store: dist.Store | None = None
         self._beat = 0
 
@@ -112,11 +114,15 @@ class Watch:
             looked = time.monotonic()
 
     def _exchange(self) -> None:
-        """Tells the peers where this rank is, and hears whether one has failed."""
+        """Tells the peers where this rank is, and hears whether one has failed, or was asked to stop."""
         assert self._store is not None
+        told = False
         with suppress(RuntimeError):  # the store is gone, with rank 0
             while not self._ended.wait(self.interval):
                 self._publish()
+                news = bool(self.asked()) and not told
+                told = told or news
+                self.asked_anywhere = self._store.add("asked", int(news)) > 0
                 if self._store.add("failed", 0) > 0:
                     self._failed.set()
 

@@ -17,7 +17,7 @@ from tests.distributed import PROJECT
 # Stands for a rank. argv: "saves" or "starts"; seconds to sleep, or "busy" in one call for minutes, as in a collective.
 RANK = """
 import hashlib, sys, time
-from rf_train.engine.stopping import GONE, Stop, words
+from rf_train.engine.stopping import Stop, words
 stop = Stop()
 stop.saves, stop.one_signal = sys.argv[1] == "saves", 0.5
 with stop.listening():
