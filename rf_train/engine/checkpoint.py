@@ -177,7 +177,7 @@ def read_manifest(folder: Path) -> dict:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise Damaged(f"{path}: missing from the checkpoint; {advice}") from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, IsADirectoryError) as error:
         raise Damaged(f"{path}: not readable ({error}); {advice}") from None
     missing = _MANIFEST_KEYS - set(manifest if isinstance(manifest, dict) else ())
     if missing:
@@ -185,7 +185,11 @@ def read_manifest(folder: Path) -> dict:
     files = manifest["files"] if isinstance(manifest["files"], list) else [{}]
     names = [str(entry.get("file", "")) if isinstance(entry, dict) else "" for entry in files]
     own = own_hash(manifest)
-    if manifest.get("hash", own) != own or not all(name and name == Path(name).name for name in names):
+    counts = [manifest[key] for key in sorted(_MANIFEST_KEYS - {"files", "shapes"})]
+    sound = all(type(count) is int and count >= 0 for count in counts) and len(names) == manifest["world_size"]
+    sound = sound and isinstance(manifest["shapes"], dict) and bool(manifest["shapes"])
+    sound = sound and all(name and name == Path(name).name for name in names)
+    if manifest.get("hash", own) != own or not sound:
         raise Damaged(f"{path}: edited or damaged, its hash is not that of what it says; {advice}")
     if manifest["step"] != step_of(folder):
         raise Damaged(f"{folder}: holds the checkpoint of step {manifest['step']}; give the folder that name")
