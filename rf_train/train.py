@@ -63,6 +63,7 @@ def train(recipe: Recipe, stop: Stop | None = None, watch: Watch | None = None) 
     if recipe.run.deterministic:
         use_deterministic_kernels()
     ranks = start_ranks(longest_wait(recipe))
+    watch.asked = lambda: stop.reason
     with closing(watch):
         watch.begin(ranks)
         if not finished(recipe):
@@ -141,17 +142,21 @@ def timed_steps(
 ) -> Iterator[tuple[int, Stage, list[Batch], float]]:
     """Yields (step, its stage, this rank's micro-batches, seconds that they were waited for) from step `first` on.
 
-    A rank that waits for a server can be asked to stop: then all ranks save, and raise Stopped.
+    While ranks wait for a server, any of them can be asked to stop: then all ranks save, and raise Stopped.
     """
     begin, patience = time.perf_counter(), longest_wait(recipe)
     watch.at("waiting for data", patience + LONGEST_START)
     on_gpu = engine.ranks.device.type == "cuda"
-    given = steps(recipe, datasets, first, engine.replica, engine.replicas, on_gpu, lambda: patience and stop.reason)
+
+    def interrupted() -> object:
+        return patience and (stop.reason or watch.asked_anywhere)
+
+    given = steps(recipe, datasets, first, engine.replica, engine.replicas, on_gpu, interrupted)
     for step, batches in given:
         stage, first_of_stage, _ = recipe.span_at(step)
         if patience:
             watch.at(f"waiting for all ranks' data after step {step}", patience + LONGEST_START)
-            if stopped_by := stop.agreed(heard=not batches):
+            if stopped_by := stop.agreed(elsewhere=not batches):
                 watch.without_limit(f"saving after step {step}")
                 saves.between_steps(step, stopped_by)
         watch.at(f"step {step + 1}", LONGEST_START if step in (first, first_of_stage) else 0.0)
@@ -270,10 +275,10 @@ def main(arguments: list[str] | None = None) -> int:
             watch.hang_timeout = recipe.run.hang_timeout
             with naming_lost_peers():
                 train(recipe, stop, watch)
-            # Only after success: with NCCL it waits for kernels that peers may never join.
-            if dist.is_initialized():
-                dist.barrier()
-                dist.destroy_process_group()
+                # Only after success: with NCCL it waits for kernels that peers may never join.
+                if dist.is_initialized():
+                    dist.barrier()
+                    dist.destroy_process_group()
         except BaseException as error:
             stop.saves = True  # a signal is the launcher's answer now, and no news
             kept_alive.append(error)

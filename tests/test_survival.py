@@ -119,13 +119,25 @@ def test_a_run_that_is_asked_to_stop_saves_and_leaves_no_process(launched, numbe
     assert not (out / "lock.json").exists() and not list(out.glob("checkpoints/*.making"))
 
 
+@pytest.mark.parametrize("whom", ["launcher", "runner"])
+def test_ranks_whose_launcher_dies_while_they_still_import_leave_too(launched, whom):
+    """By the time that they look, their parent is another process."""
+    launch, path, out = launched
+    launch(100_000)
+    wait_for(lambda: len(processes_of(path)["ranks"]) == 2)
+    for pid in processes_of(path)[whom]:
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not any(processes_of(path).values()), 60)
+    assert rows(out) == 0
+
+
 def train_until_on_this_rank(recipe: dict, until: int) -> dict:
     """Trains until it is asked to stop after so many steps. Returns what this rank was given at each step."""
 
     class Asked(Stop):
         done = len(read_rows(Path(recipe["run"]["out"]) / "metrics.jsonl"))
 
-        def agreed(self, heard: bool = True) -> int:
+        def agreed(self) -> int:
             self.done += 1
             return signal.SIGTERM if self.done >= until else 0
 
@@ -153,14 +165,16 @@ def test_a_run_goes_on_with_other_ranks_and_engines_as_if_nothing_had_happened(p
             torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def train_without_data_on_this_rank(recipe: dict, step: int) -> str:
-    """Trains. The data of `step` doesn't come to rank 1, which is asked to stop. Returns how the training ended."""
+def train_without_data_on_this_rank(recipe: dict, step: int, asked: int = 1) -> str:
+    """Trains. The data of `step` doesn't come to rank 1, and rank `asked` is asked to stop. Returns how it ended."""
     stop, steps = Stop(), train.steps
 
     def missing(*arguments):
         for number, micro_batches in steps(*arguments):
-            if number == step and os.environ["RANK"] == "1":
+            if number == step and os.environ["RANK"] == str(asked):
                 stop.reason = signal.SIGTERM
+            if number == step and os.environ["RANK"] == "1":
+                wait_for(arguments[-1], 60)
                 yield number, []
                 return
             yield number, micro_batches
@@ -173,11 +187,11 @@ def train_without_data_on_this_rank(recipe: dict, step: int) -> str:
     return "finished"
 
 
-def test_a_rank_that_is_asked_to_stop_while_it_waits_for_data_takes_all_along(plain_run, tmp_path):
+def test_a_rank_that_is_asked_to_stop_while_one_waits_for_data_takes_all_along(plain_run, tmp_path):
     recipe = recipe_dict(plain_run.data, tmp_path, save_every=4)
     recipe["stages"] = recipe["stages"][:1]
-    for step, saved in ((2, [2]), (4, [2, 4]), (4, [2, 4])):  # in the last one nothing new is to be saved
-        told = run_distributed(train_without_data_on_this_rank, 2, recipe=recipe, step=step)
+    for step, asked, saved in ((2, 0, [2]), (4, 1, [2, 4]), (4, 0, [2, 4])):  # at last nothing new is to be saved
+        told = run_distributed(train_without_data_on_this_rank, 2, recipe=recipe, step=step, asked=asked)
         assert told == [f"stopped by SIGTERM after step {step}; the same command goes on from step-{step:08d}"] * 2
         assert checkpoint.steps_saved(tmp_path) == saved
     assert run_distributed(train_without_data_on_this_rank, 2, recipe=recipe, step=99) == ["finished"] * 2

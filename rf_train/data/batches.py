@@ -121,20 +121,16 @@ def steps(
 ) -> Iterator[tuple[int, list[Batch]]]:  # fmt: skip
     """Yields (step, its micro-batches) from step `first` to the recipe's end; with `pin` in page-locked memory.
 
-    `data.workers` threads read the next steps, one each, while this one is computed. The steps are the same for any
-    number of them. Who stops early does not wait for the threads. When it is `interrupted` while it waits for them, it
-    yields no micro-batches, and ends.
+    `data.workers` threads read the next steps, one each, while this one is computed; with 0, one thread reads each step
+    when it is asked for. The steps are the same for any number of them. Who stops early does not wait for the threads.
+    When it is `interrupted` while it waits for them, it yields no micro-batches, and ends.
     """
 
     def read(step: int) -> list[Batch]:
         batches = step_batches(recipe, datasets, step, replica, replicas)
         return [batch.pinned() for batch in batches] if pin else batches
 
-    if not recipe.data.workers:
-        for step in range(first, recipe.steps):
-            yield step, read(step)
-        return
-    readers = ThreadPoolExecutor(recipe.data.workers, "reader")
+    readers = ThreadPoolExecutor(max(1, recipe.data.workers), "reader")
     try:
         ahead: deque[Future[list[Batch]]] = deque()
         for step in range(first, recipe.steps):

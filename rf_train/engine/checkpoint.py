@@ -180,7 +180,7 @@ def read_manifest(folder: Path) -> dict:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise Damaged(f"{path}: missing from the checkpoint; {advice}") from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, IsADirectoryError) as error:
         raise Damaged(f"{path}: not readable ({error}); {advice}") from None
     missing = _MANIFEST_KEYS - set(manifest if isinstance(manifest, dict) else ())
     if missing:
@@ -188,10 +188,13 @@ def read_manifest(folder: Path) -> dict:
     files = manifest["files"] if isinstance(manifest["files"], list) else [{}]
     names = [str(entry.get("file", "")) if isinstance(entry, dict) else "" for entry in files]
     own = own_hash(manifest)
-    if manifest.get("hash", own) != own or not all(name and name == Path(name).name for name in names):
-        raise Damaged(f"{path}: edited or damaged, its hash is not that of what it says; {advice}")
-    if not isinstance(manifest["shapes"], dict) or not all(isinstance(s, list) for s in manifest["shapes"].values()):
-        raise Damaged(f"{path}: its shapes are no mapping of names to lists; {advice}")
+    counts = [manifest[key] for key in sorted(_MANIFEST_KEYS - {"files", "shapes"})]
+    sound = all(type(count) is int and count >= 0 for count in counts) and len(names) == manifest["world_size"]
+    shapes = manifest["shapes"].values() if isinstance(manifest["shapes"], dict) else ()
+    sound = sound and bool(shapes) and all(isinstance(shape, list) for shape in shapes)
+    sound = sound and all(name and name == Path(name).name for name in names)
+    if manifest.get("hash", own) != own or not sound:
+        raise Damaged(f"{path}: edited or damaged, it does not hold together or is not what its hash says; {advice}")
     if manifest["step"] != step_of(folder):
         raise Damaged(f"{folder}: holds the checkpoint of step {manifest['step']}; give the folder that name")
     return manifest

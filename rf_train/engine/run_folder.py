@@ -124,12 +124,14 @@ class Events:
 
     def __init__(self, run: Path, active: bool):
         self.path, self.active, self.step = run / "events.jsonl", active, 0
-        self._ending = threading.Lock()
+        self._ending, self._ended = threading.Lock(), False
 
     def end(self, why: str) -> None:
         """Lists how the run has ended. The first reason counts: threads may see an end in several ways."""
-        if self._ending.acquire(blocking=False):
-            self.write("end", self.step, why=why)
+        with self._ending:  # who comes second waits until it is written: it may end the process
+            if not self._ended:
+                self._ended = True
+                self.write("end", self.step, why=why)
 
     def write(self, event: str, step: int, **more: object) -> None:
         """A line: what happened, when (UTC), after how many steps. A full disk is no reason to stop."""

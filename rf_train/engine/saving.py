@@ -156,9 +156,11 @@ class Saver:
         try:
             write_json(making / "manifest.json", {**manifest, "hash": own_hash(manifest)})
             shutil.rmtree(final, ignore_errors=True)
+            # First the pointer: a name that is not there yet is no harm. A newer checkpoint than the one that is named
+            # would count as one that the run went back behind.
+            write_atomic(self.run / "latest", final.name)
             os.rename(making, final)
             sync(final.parent)
-            write_atomic(self.run / "latest", final.name)
         except OSError as error:
             return str(error)
         return ""

@@ -18,7 +18,8 @@ from rf_train.engine.collectives import RunError, current_device
 from rf_train.engine.processes import command, parent
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # the last: a terminal that is gone
-LAUNCHER_DIED, FOLDER_LOST = 1001, 1002  # reasons that are no signals
+GONE = -1  # the number of no process
+LAUNCHER_DIED, FOLDER_LOST, ASKED_ELSEWHERE = 1001, 1002, 1003  # reasons that are no signals
 
 
 class Stopped(RunError):
@@ -72,11 +73,16 @@ class Stop:
         elif now - self._first > self.one_signal:
             _leave(f"stopped at once by a second signal ({words(reason)})", INTERRUPTED)
 
-    def agreed(self, heard: bool = True) -> int:
-        """The reason to stop of some rank that has `heard`; 0 for none. A collective, the same on all ranks."""
-        reason = torch.tensor(self.reason if heard else 0, device=current_device())
-        dist.all_reduce(reason, dist.ReduceOp.MAX)
-        return int(reason)
+    def agreed(self, elsewhere: bool = False) -> int:
+        """The reason to stop of some rank; 0 for none. A collective, the same on all ranks.
+
+        `elsewhere`: this rank knows that another one was asked, which may not have known it yet when it came here.
+        """
+        reason = self.reason or (ASKED_ELSEWHERE if elsewhere else 0)
+        own = torch.tensor([reason != 0, self.reason], device=current_device())
+        dist.all_reduce(own, dist.ReduceOp.MAX)
+        any_rank, known = own.tolist()
+        return known or (ASKED_ELSEWHERE if any_rank else 0)
 
     def _hear(self, sockets: socket.socket) -> None:
         with sockets:
@@ -96,19 +102,28 @@ class Stop:
 
 def words(reason: int) -> str:
     """A reason to stop, in words."""
-    others = {LAUNCHER_DIED: "the end of its launcher", FOLDER_LOST: "another job that took the run's folder"}
+    others = {
+        LAUNCHER_DIED: "the end of its launcher",
+        FOLDER_LOST: "another job that took the run's folder",
+        ASKED_ELSEWHERE: "a request to another rank",
+    }
     return others.get(reason) or signal.Signals(reason).name
 
 
 def launchers() -> list[tuple[int, int]]:
     """(child, parent) of this process and its launcher, and of that one and DeepSpeed's runner, if it started it.
 
-    The launcher outlives a runner that is killed.
+    The launcher outlives a runner that is killed. Where one of them died before this process could look, its number is
+    GONE.
     """
-    launcher = parent(os.getpid())
+    own, launcher = os.getpid(), parent(os.getpid())
     runner = parent(launcher)
-    found = [(os.getpid(), launcher)]
-    return [*found, (launcher, runner)] if _is_deepspeed(launcher) and _is_deepspeed(runner) else found
+    if not _is_deepspeed(launcher):
+        by_deepspeed = any(word.startswith("--local_rank=") for word in command(own))
+        return [(own, GONE if by_deepspeed else launcher)]
+    if not _is_deepspeed(runner):  # over ssh it is on another machine
+        return [(own, launcher), *([(launcher, GONE)] if runner == 1 else [])]
+    return [(own, launcher), (launcher, runner)]
 
 
 def _is_deepspeed(pid: int) -> bool:

@@ -35,6 +35,8 @@ class Watch:
         self._place, self._since, self._allowed = "start", time.monotonic(), float("inf")
         self._ended, self._failed = threading.Event(), threading.Event()
         self.on_leaving: Callable[[str], object] = lambda why: None  # is told why this rank ends
+        self.asked: Callable[[], object] = lambda: False  # whether this rank was asked to stop
+        self.asked_anywhere = False  # whether some rank was, for who waits where no collective can tell
         self._store: dist.Store | None = None
         self._beat = 0
 
@@ -67,12 +69,10 @@ class Watch:
     def fail(self, text: str) -> None:
         """Prints what has ended this rank, unless a peer has failed before, and tells the peers, which leave."""
         self.close()
-        if self._asked(lambda store: self._is_first(store, text)) is False:
-            return
-        with suppress(OSError):  # who read it is gone
-            print(text, file=sys.stderr, flush=True)
-        if self._store is not None and self.ranks.rank == 0:
-            time.sleep(2 * self.interval)  # the store ends with rank 0: peers hear of it first
+        if self._asked(lambda store: self._is_first(store, text)) is not False:
+            with suppress(OSError):  # who read it is gone
+                print(text, file=sys.stderr, flush=True)
+        self._let_peers_hear()
 
     def a_peer_fails(self, seconds: float) -> bool:
         """Waits until a peer has failed, and so has said why. False when none has after so many seconds."""
@@ -99,6 +99,7 @@ class Watch:
                 self._since = min(now, self._since + now - looked)
             if self._failed.is_set() and not self._ended.is_set():
                 self.on_leaving(self._failure())
+                self._let_peers_hear()
                 os._exit(LEFT)
             for rank, pid in self._neighbours.items():
                 if started(pid) is None and not self._failed.wait(2 * self.interval) and not self._ended.is_set():
@@ -113,11 +114,15 @@ class Watch:
             looked = time.monotonic()
 
     def _exchange(self) -> None:
-        """Tells the peers where this rank is, and hears whether one has failed."""
+        """Tells the peers where this rank is, and hears whether one has failed, or was asked to stop."""
         assert self._store is not None
+        told = False
         with suppress(RuntimeError):  # the store is gone, with rank 0
             while not self._ended.wait(self.interval):
                 self._publish()
+                news = bool(self.asked()) and not told
+                told = told or news
+                self.asked_anywhere = self._store.add("asked", int(news)) > 0
                 if self._store.add("failed", 0) > 0:
                     self._failed.set()
 
@@ -134,6 +139,11 @@ class Watch:
             thread.start()
             thread.join(self.answer)
         return found[0] if found else None
+
+    def _let_peers_hear(self) -> None:
+        """Rank 0, with which the store ends, stays until its peers have looked: else they would miss it instead."""
+        if self._store is not None and self.ranks.rank == 0:
+            time.sleep(2 * self.interval)
 
     def _is_first(self, store: dist.Store, text: str) -> bool:
         """Whether no other rank has failed before this one. Then its last line is there for all to read."""

@@ -92,8 +92,9 @@ def test_missing_and_damaged_samples_are_replaced_as_they_are_on_disk(server, tm
     assert_same(batches_of(recipe_for(f"{server.address}/d")), expected)
 
 
-def test_who_is_interrupted_gets_no_batches_instead_of_waiting_for_a_server(server):
-    recipe = recipe_for(f"{server.address}/d", patience=5, workers=1)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_who_is_interrupted_gets_no_batches_instead_of_waiting_for_a_server(server, workers):
+    recipe = recipe_for(f"{server.address}/d", patience=5, workers=workers)
     datasets, asked = open_datasets(recipe), [False, False, True]
     reading = steps(recipe, datasets, 0, 0, 1, False, lambda: asked.pop(0))
     assert len(next(reading)[1]) > 0 and len(asked) == 3  # data that is there is taken

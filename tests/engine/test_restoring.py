@@ -70,6 +70,22 @@ DAMAGES = {
         lambda newest: change_manifest(newest, lambda manifest: manifest["files"][0].pop("bytes")),
         "rank-00000.safetensors: damaged",
     ),
+    "manifest without files": (
+        lambda newest: change_manifest(newest, lambda manifest: manifest.update(files=[])),
+        "manifest.json: ",
+    ),
+    "manifest without counts": (
+        lambda newest: change_manifest(newest, lambda manifest: manifest.update(optimizer_steps=None)),
+        "manifest.json: ",
+    ),
+    "manifest without shapes": (
+        lambda newest: change_manifest(newest, lambda manifest: manifest.update(shapes={})),
+        "manifest.json: ",
+    ),
+    "manifest a folder": (
+        lambda newest: ((newest / "manifest.json").unlink(), (newest / "manifest.json").mkdir()),
+        "manifest.json: ",
+    ),
     "empty": (lambda newest: (shutil.rmtree(newest), newest.mkdir()), "manifest.json: missing"),
 }
 POINTERS = {"none": None, "empty": "", "nothing": "step-00000999", "not text": "\x00\xff", "back": "step-00000013"}

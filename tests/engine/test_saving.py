@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from rf_train.engine import checkpoint, saving
 from rf_train.engine.collectives import start_ranks
+from rf_train.engine.restoring import newest_whole
 from rf_train.engine.saving import Saver, write_tensors
 from tests.distributed import run_distributed
 
@@ -121,7 +123,7 @@ def test_the_manifest_covers_its_own_numbers(tmp_path):
     without_hash = {**json.loads(text), "shapes": 3}
     without_hash.pop("hash")
     path.write_text(json.dumps(without_hash))
-    with pytest.raises(checkpoint.Damaged, match=r"manifest.json: its shapes are no mapping"):
+    with pytest.raises(checkpoint.Damaged, match=r"manifest.json: edited or damaged"):
         checkpoint.verified(folder)
     path.write_text(text)
     folder.rename(folder.with_name("step-00000002"))
@@ -153,3 +155,28 @@ def saves_while_an_old_one_is_removed(run: str) -> list[str]:
 def test_a_removal_that_makes_space_is_waited_for(tmp_path):
     """Else a signal during a save, on a disk with space for one more, would save nothing."""
     assert run_distributed(saves_while_an_old_one_is_removed, 1, run=str(tmp_path)) == [["", ""]]
+
+
+def saves_killed_while_naming(run: str, killed_in: str) -> list:
+    """Saves step 1, is killed while it names step 2, and goes on. The step that it finds, and the folders then."""
+    start_ranks()
+    saver = Saver(Path(run), State(1.0), keep=9, always=set())
+    saver.begin(1)
+    saver.finish()
+
+    def killed(*_):
+        raise SystemExit
+
+    saver.begin(2)
+    holder = saving if killed_in == "write_atomic" else saving.os
+    with mock.patch.object(holder, killed_in, killed), pytest.raises(SystemExit):
+        saver.finish()
+    found = newest_whole(Path(run), True, lambda *_: None)
+    assert found is not None
+    return [found[1]["step"], sorted(os.listdir(Path(run) / "checkpoints"))]
+
+
+@pytest.mark.parametrize("killed_in", ["write_atomic", "rename"])
+def test_a_kill_while_a_checkpoint_gets_its_name_sets_none_aside(tmp_path, killed_in):
+    [[step, folders]] = run_distributed(saves_killed_while_naming, 1, run=str(tmp_path), killed_in=killed_in)
+    assert step == 1 and not [name for name in folders if name.endswith(".aside")]

@@ -6,18 +6,21 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 
 from data_prep.command import GO_ON, INTERRUPTED
 from rf_train.engine import stopping
-from rf_train.engine.stopping import LAUNCHER_DIED, SIGNALS, Stop, launchers, words
-from tests.distributed import PROJECT
+from rf_train.engine.collectives import start_ranks
+from rf_train.engine.stopping import ASKED_ELSEWHERE, GONE, LAUNCHER_DIED, SIGNALS, Stop, launchers, words
+from tests.distributed import PROJECT, run_distributed
 
 # Stands for a rank. argv: "saves" or "starts"; seconds to sleep, or "busy" in one call for minutes, as in a collective.
 RANK = """
 import hashlib, sys, time
-from rf_train.engine.stopping import Stop, words
+from rf_train.engine.collectives import start_ranks
+from rf_train.engine.stopping import ASKED_ELSEWHERE, Stop, words
 stop = Stop()
 stop.saves, stop.one_signal = sys.argv[1] == "saves", 0.5
 with stop.listening():
@@ -89,6 +92,22 @@ def test_before_the_first_step_nothing_is_lost(rank):
     assert process.returncode == GO_ON
 
 
+def agreed_on_this_rank(reasons: list[int], elsewhere: list[bool]) -> list:
+    """What ranks with these reasons agree on."""
+    rank, stop = start_ranks().rank, Stop()
+    stop.reason = reasons[rank]
+    found = stop.agreed(elsewhere[rank])
+    return [found, words(found) if found else ""]
+
+
+def test_ranks_agree_on_a_reason_also_when_the_one_that_was_asked_did_not_know_it_yet():
+    run = partial(run_distributed, agreed_on_this_rank, 2)
+    assert run(reasons=[0, 0], elsewhere=[False, False]) == [[0, ""]] * 2
+    assert run(reasons=[0, signal.SIGHUP], elsewhere=[True, False]) == [[signal.SIGHUP, "SIGHUP"]] * 2
+    asked = [ASKED_ELSEWHERE, "a request to another rank"]
+    assert run(reasons=[0, 0], elsewhere=[True, False]) == [asked] * 2
+
+
 LAUNCHER = """
 import subprocess, sys
 process = subprocess.Popen([sys.executable, *sys.argv[1:]])
@@ -115,11 +134,16 @@ def test_deepspeeds_runner_behind_its_launcher_is_watched_and_nobody_else(monkey
         8: ["bash", "-c", "deepspeed --module rf_train.train"],
         20: ["torchrun", "train.py"],
     }
-    parents = {10: 9, 9: 8, 8: 1, 20: 8}
-    monkeypatch.setattr(stopping, "command", lambda pid: commands.get(pid, []))
-    for own_parent, found in ((10, [10, 9]), (20, [20])):
+    parents = {10: 9, 9: 8, 8: 1, 20: 8, 11: 1, 12: 13, 1: 0}
+    commands[11] = commands[12] = commands[10]  # their runners are gone, or on another machine
+    own: list[str] = ["python", "train.py"]
+    monkeypatch.setattr(stopping, "command", lambda pid: own if pid == os.getpid() else commands.get(pid, []))
+    for own_parent, found in ((10, [10, 9]), (20, [20]), (1, [1]), (11, [11, GONE]), (12, [12])):
         monkeypatch.setattr(stopping, "parent", lambda pid, own=own_parent: parents.get(pid, own))
         assert [launcher for _, launcher in launchers()] == found
+    own.append("--local_rank=1")  # DeepSpeed's launcher has started it
+    monkeypatch.setattr(stopping, "parent", lambda pid: parents.get(pid, 1))
+    assert launchers() == [(os.getpid(), GONE)]
 
 
 def test_what_was_there_before_is_there_after():

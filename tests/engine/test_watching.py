@@ -22,11 +22,17 @@ from rf_train.engine.watching import Watch
 what, rank = sys.argv[1], int(os.environ["RANK"])
 watch = Watch(hang_timeout=1.0)
 watch.interval, watch.answer = 0.3, 2.0
+if what == "unevenly":  # rank 0 hears of the failure at once, and rank 2 a second later
+    watch.interval = (0.6, 0.6, 2.6)[rank]
 watch.begin(start_ranks())
 print("ready", flush=True)
 if what == "fail" and rank == 1:
     watch.fail("error on rank 1: no luck")
     time.sleep(60)
+if what == "unevenly" and rank == 1:
+    time.sleep(1.6)
+    watch.fail("error on rank 1: no luck")
+    os._exit(2)
 watch.on_leaving = lambda why: print(f"the end of rank {rank}: {why}", file=sys.stderr, flush=True)
 if what == "lost" and rank == 1:
     watch.fail("Traceback\\n  of many lines\\nerror on rank 1: no luck")
@@ -66,12 +72,14 @@ sys.stdin.read() if what == "killed" else time.sleep(60)
 """
 
 
-def ranks(what: str, stop: int | None = None, number: int = signal.SIGKILL) -> tuple[list[int], list[str], float]:
-    """Starts two ranks, and sends a signal to rank `stop`. (exit codes, what each said to stderr, seconds)."""
+def ranks(
+    what: str, stop: int | None = None, number: int = signal.SIGKILL, count: int = 2
+) -> tuple[list[int], list[str], float]:
+    """Starts `count` ranks, and sends a signal to rank `stop`. (exit codes, what each said to stderr, seconds)."""
     port, pipe = free_port(), subprocess.PIPE
     started = []
-    for rank in range(2):
-        environment = {**os.environ, **rank_environment(rank, 2, port)}
+    for rank in range(count):
+        environment = {**os.environ, **rank_environment(rank, count, port)}
         command = [sys.executable, "-c", RANK, what]
         started.append(
             subprocess.Popen(command, env=environment, cwd=PROJECT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
@@ -117,6 +125,14 @@ def test_an_error_on_one_rank_is_the_last_word_and_all_leave():
     codes, said, seconds = ranks("rank 0 fails")
     assert codes == [2, LEFT] and seconds < 20
     assert own(said[1]) == [] and own(said[0]) == ["error on rank 0: no luck"]
+
+
+@pytest.mark.slow
+def test_rank_0_stays_until_all_have_heard_of_an_error():
+    """The store ends with it. A peer that looks later would say that rank 0 was killed."""
+    codes, said, _ = ranks("unevenly", count=3)
+    assert codes == [LEFT, 2, LEFT] and list(map(own, said)) == [[], ["error on rank 1: no luck"], []]
+    assert "the end of rank 0: error on rank 1: no luck\n" in said[0]
 
 
 @pytest.mark.slow

@@ -129,14 +129,18 @@ def test_a_cancelled_job_saves_and_stays_cancelled(jobs, project, samples):
 
 
 @pytest.mark.slow
-def test_a_preemption_with_a_grace_time_requeues_a_run_however_short(jobs, project, samples):
-    """Slurm asks the tasks alone then, and requeues only what still runs when the grace time is over."""
+@pytest.mark.parametrize("rows, words", [(5, "the run has stopped and saved after"), (0, "")])
+def test_a_preemption_with_a_grace_time_requeues_a_run_however_short(jobs, project, samples, rows, words):
+    """Slurm asks the tasks alone then, and requeues only what still runs when the grace time is over.
+
+    Without a row, Python is still starting.
+    """
     write_recipe(project / "recipe.yaml", samples, 4000)
     job = jobs.submit(project, *TWO_NODES, "--partition=grace", "slurm/train.sbatch", "recipe.yaml")
-    wait_for_rows(jobs, project, job, 0, 5)
+    wait_for_rows(jobs, project, job, 0, rows)
     jobs.submit(project, "--partition=high", "--cpus-per-task=4", "--wrap=sleep 1")
     jobs.wait_for("restart", lambda: jobs.job(job)["Restarts"] == "1")
-    assert "the run has stopped and saved after" in log_of(project, job)
+    assert words in log_of(project, job)
     wait_for_rows(jobs, project, job, 1, rows_of(project) + 1)
 
 
