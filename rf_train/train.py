@@ -14,7 +14,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,7 +42,7 @@ from rf_train.engine.deepspeed_json import complete_settings
 from rf_train.engine.devices import use_deterministic_kernels
 from rf_train.engine.run_folder import Events, job_name, one_writer
 from rf_train.engine.state import TrainingState
-from rf_train.engine.stopping import FOLDER_LOST, Stop
+from rf_train.engine.stopping import FOLDER_LOST, Interrupted, Stop
 from rf_train.engine.watching import Watch
 from rf_train.engine.zero import Engine, build_engine
 from rf_train.evaluation.during_training import TrainingEvaluation
@@ -113,8 +112,7 @@ def train_on(ranks: Ranks, recipe: Recipe, stop: Stop, watch: Watch) -> None:
                 metrics |= {"lr": engine.learning_rate, "data_wait_s": waited}
                 report_damage(step + 1, batches, stage.batch, metrics["damaged"], damage, log)
                 if evaluation and evaluation.is_due(step + 1):
-                    at = partial(watch.at, f"evaluation after step {step + 1}", LONGEST_START)
-                    metrics["evaluation"] = evaluation.evaluate(step + 1, state, at)
+                    metrics |= evaluated(evaluation, step + 1, state, watch, stop)
                 log.log(step, stage.name, stage.batch, metrics)
                 events.step = step + 1
                 saves.after_step(step, metrics["skipped"], not_finite)
@@ -135,6 +133,21 @@ def train_on(ranks: Ranks, recipe: Recipe, stop: Stop, watch: Watch) -> None:
             raise
         log.close()
         events.end("finished")
+
+
+def evaluated(
+    evaluation: TrainingEvaluation, done: int, state: TrainingState, watch: Watch, stop: Stop
+) -> dict[str, dict]:
+    """{"evaluation": the result}; {} when the run is to stop, which then has no time for it."""
+
+    def progress() -> None:
+        watch.at(f"evaluation after step {done}", LONGEST_START)
+        stop.interrupt()
+
+    try:
+        return {"evaluation": evaluation.evaluate(done, state, progress)}
+    except Interrupted:  # the weights are still the average: nothing computes with them any more
+        return {}
 
 
 def timed_steps(

@@ -30,6 +30,10 @@ class Stopped(RunError):
         self.why = why
 
 
+class Interrupted(Exception):
+    """Work between two steps was left because some rank was asked to stop; on all ranks."""
+
+
 class Stop:
     """Whether this process was asked to stop, and why. `listen` begins to notice."""
 
@@ -67,7 +71,8 @@ class Stop:
         """Asks for an end. Asked again after a while, the process ends at once."""
         now = time.monotonic()
         if not self.saves:
-            _leave(f"stopped by {words(reason)}, before the first step", GO_ON)
+            only_one_says_it = os.environ.get("RANK", "0") == "0"
+            _leave(f"stopped by {words(reason)}, before the first step" if only_one_says_it else "", GO_ON)
         if not self.reason:
             self.reason, self._first = reason, now
         elif now - self._first > self.one_signal:
@@ -83,6 +88,11 @@ class Stop:
         dist.all_reduce(own, dist.ReduceOp.MAX)
         any_rank, known = own.tolist()
         return known or (ASKED_ELSEWHERE if any_rank else 0)
+
+    def interrupt(self) -> None:
+        """Raises Interrupted if some rank was asked to stop. A collective."""
+        if self.agreed():
+            raise Interrupted
 
     def _hear(self, sockets: socket.socket) -> None:
         with sockets:
@@ -133,5 +143,5 @@ def _is_deepspeed(pid: int) -> bool:
 
 def _leave(message: str, code: int) -> None:
     with suppress(OSError):  # who read it is gone, as `tee` after Ctrl-C
-        print(message, file=sys.stderr, flush=True)
+        print(message, end="\n" if message else "", file=sys.stderr, flush=True)
     os._exit(code)

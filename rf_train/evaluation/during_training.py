@@ -45,7 +45,7 @@ class TrainingEvaluation:
     def evaluate(self, done: int, state: TrainingState, progress: Callable[[], object] = lambda: None) -> dict:
         """Evaluates the average after `done` steps. A collective. Returns the same on every rank.
 
-        It calls `progress` before each chunk.
+        It calls `progress` before each chunk, on all ranks as often. An error of it must end the run.
 
         {"clips", "seconds" that it took, "segments_seconds", by segment each metric's mean over clips, and after a
         routed stage "routing", see `RoutingChoices.summary`; ranks that share clips count their heads together}

@@ -1,5 +1,7 @@
 """Evaluation during training: it measures the average, the same on any number of ranks, and changes nothing."""
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +9,12 @@ import pytest
 import torch
 
 from data_prep.geometry import WAN_2_1
-from rf_train import config
+from rf_train import config, train
 from rf_train.config import Recipe
 from rf_train.data.batches import open_datasets
 from rf_train.diffusion.sampling import VideoRequest, count_passes, sample_chunks
 from rf_train.engine import checkpoint
+from rf_train.engine.stopping import Stop, Stopped
 from rf_train.evaluation import during_training
 from rf_train.evaluation.long_videos import LongVideos, summary
 from rf_train.model.chunks import Window
@@ -48,6 +51,26 @@ def evaluated_recipe(data: Path, out: Path, every: int, **run) -> dict:
 def train_with_plain_codec(recipe: dict) -> None:
     during_training.dataset_codec = lambda *_: PlainCodec()
     train_on_this_rank(recipe)
+
+
+def train_and_stop_in_an_evaluation(recipe: dict) -> str:
+    """Rank 1 is asked to stop while the evaluation after step 4 is under way. Returns how the training ended."""
+    during_training.dataset_codec = lambda *_: PlainCodec()
+    stop, real, chunks = Stop(), during_training.sample_chunks, []
+
+    def asked(*arguments):
+        for chunk in real(*arguments):
+            chunks.append(chunk)
+            if len(chunks) == 2 and os.environ["RANK"] == "1":
+                stop.reason = signal.SIGTERM
+            yield chunk
+
+    during_training.sample_chunks = asked
+    try:
+        train.train(config.from_dict(recipe), stop)
+    except Stopped as error:
+        return f"{error}, {len(chunks)} chunks"
+    return "finished"
 
 
 def evaluations(run: Path) -> dict[int, dict]:
@@ -100,6 +123,20 @@ def test_it_measures_the_average_and_leaves_the_run_as_it_was(plain_run, tmp_pat
     for name, values in expected.items():
         assert_close([v for v in found[4][name] if v is not None], [v for v in values if v is not None], 1e-3)
     assert found[8]["psnr"] != found[4]["psnr"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [{}, {"deepspeed": "ds_configs/zero2.json"}], ids=["zero3", "zero2"])
+def test_a_run_that_is_asked_to_stop_does_not_evaluate_to_the_end(plain_run, tmp_path, run):
+    for name, stopping in (("stopped", True), ("not stopped", False)):
+        recipe = evaluated_recipe(plain_run.data, tmp_path / name, 4, **run)
+        if stopping:
+            told = run_distributed(train_and_stop_in_an_evaluation, 2, recipe=recipe)
+            assert told[0] == told[1] and told[0].startswith("stopped by SIGTERM after step 4;")
+            assert told[0].endswith(", 2 chunks")
+        run_distributed(train_with_plain_codec, 2, recipe=recipe)
+    assert list(evaluations(tmp_path / "stopped")) == [8]
+    assert_same_state(tmp_path / "stopped", tmp_path / "not stopped")
 
 
 def test_the_result_does_not_depend_on_the_number_of_ranks(plain_run, tmp_path):
