@@ -74,6 +74,11 @@ def of_clips(
 ) -> tuple[Evaluation, dict[str, Any]]:
     """The evaluation on held-out clips, and what was asked for, as evaluation.json holds it."""
     dataset = held_out(generator, options.data)
+    recipe = generator.recipe
+    if str(dataset.folder) in {
+        folder for stage in recipe.stages for folder in recipe.folders_of(recipe.dataset_of(stage))
+    }:
+        print(f"{dataset.folder}: the run was trained on these clips; they are not held out", file=sys.stderr)
     videos = LongVideos(
         dataset=dataset,
         codec=generator.codec,

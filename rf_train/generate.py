@@ -58,8 +58,8 @@ def make_one(options: argparse.Namespace, together: VideoRanks | None) -> str:
     seconds = ENDLESS if options.play else options.seconds
     videos = Videos(generator, [prompts], [options.seed], seconds, options.negative, given)
     if given is not None and given.shape[2] >= videos.latent_frames:
-        taken = f"the {given.shape[2]} latent frames taken from {options.image or options.video}"
-        raise ValueError(f"--seconds {options.seconds} is not longer than {taken}")
+        taken = f"the {generator.geometry.video_frames(given.shape[2]) / videos.fps:.3g} s"
+        raise ValueError(f"--seconds {options.seconds} is not longer than {taken} of {options.image or options.video}")
     if options.play:
         return play(videos, options.port)
     video = Stream(videos)
@@ -83,10 +83,13 @@ def helped(videos: Videos) -> str:
 
 
 def opened(options: argparse.Namespace, together: VideoRanks | None, device: torch.device | None) -> Generator:
-    return open_run(
+    generator = open_run(
         options.run, options.overrides, options.step, device=device, positions=options.positions, together=together,
         split_weights=options.split_weights,
     )  # fmt: skip
+    if options.negative and generator.recipe.flow.guidance == 1:
+        raise ValueError("--negative: guidance leads away from it, and there is none: add  flow.guidance=3")
+    return generator
 
 
 def given_chunks(generator: Generator, options: argparse.Namespace) -> Tensor | None:
@@ -153,6 +156,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError("--prompts FILE makes many videos from text; leave out --prompt, --image, --video and --play")
     if not (options.prompts or options.prompt or options.video or options.image or options.play):
         raise ValueError("give --prompt TEXT, --image FILE or --video FILE, or --prompts FILE for many videos")
+    if options.samples > 1 and not options.prompts:
+        raise ValueError(f"--samples {options.samples} is for --prompts; for another video give another --seed")
     if options.video and options.image:
         raise ValueError("--image and --video: a video begins with one of them")
     check_text("--negative", options.negative)

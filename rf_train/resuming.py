@@ -40,6 +40,11 @@ def checkpoint_to_go_on_from(recipe: Recipe, events: Events) -> tuple[Path, dict
         )
     if recipe.start.run:
         folder = checkpoint.at_step(Path(recipe.start.run), recipe.start.step)
+        if checkpoint.step_of(folder) >= recipe.steps:
+            raise ValueError(
+                f"start.run: {folder} has done {checkpoint.step_of(folder)} steps, which count, and this recipe's "
+                f"stages end after {recipe.steps}: nothing is left to train. Lengthen the last stage, or append one"
+            )
         return folder, verified_together(folder)
     return None
 

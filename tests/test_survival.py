@@ -248,6 +248,14 @@ def test_without_any_checkpoint_a_run_that_was_saved_is_not_started_again(plain_
         shutil.rmtree(run)
 
 
+def test_a_start_from_a_run_that_has_done_all_steps_says_that_nothing_is_left(plain_run, two_rank_run, tmp_path):
+    recipe = recipe_dict(plain_run.data, tmp_path / "run")
+    recipe["start"] = {"run": str(two_rank_run[0])}
+    [told] = run_distributed(error_of_training, 1, recipe=recipe)
+    assert f"has done {STEPS} steps" in told and "nothing is left to train" in told
+    assert checkpoint.steps_saved(tmp_path / "run") == []
+
+
 def test_steps_that_are_skipped_to_the_end_are_no_finished_run(plain_run, tmp_path):
     recipe = recipe_dict(plain_run.data, tmp_path, save_every=2)
     recipe["stages"] = recipe["stages"][:1]

@@ -9,9 +9,11 @@ any number of processes, killed or not.
 """
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 from data_prep.files import write_json
 from rf_train.engine.shared_work import Busy, claimed, held
 
-RESULT = "evaluation.json"
+RESULT, PREVIOUS = "evaluation.json", "evaluation.previous.json"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Pieces:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Begins the evaluation, or joins it. What another evaluation left is removed, its result, too.
+        """Begins the evaluation, or joins it. What another evaluation left is removed; its result gets another name.
 
         Raises ValueError when a process makes another evaluation in this folder now.
         """
@@ -57,7 +59,9 @@ class Pieces:
             yield
 
     def _begin(self) -> None:
-        (self.out / RESULT).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.replace(self.out / RESULT, self.out / PREVIOUS)
+            print(f"another evaluation was here; it is {self.out / PREVIOUS} now", file=sys.stderr)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         write_json(self.folder / "job.json", self.identity)

@@ -1,5 +1,6 @@
 """A trained model, ready to sample."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.card import card_geometry, read_card
+from data_prep.card import NotADataset, card_geometry, read_card
 from data_prep.codecs import Codec, dataset_codec
 from data_prep.geometry import LatentGeometry
 from data_prep.places import Place, place_of
@@ -66,6 +67,10 @@ class Generator:
         Where ranks make videos together it is a collective, and only the leader opens the encoder.
         """
         vectors = self.tell(lambda: self._encoder.encode(list(prompts)))
+        most = self.recipe.model.text_len
+        for prompt, vector in zip(prompts, vectors):
+            if len(vector) > most and self.leads:
+                print(f'the model reads the first {most} of {len(vector)} tokens of "{prompt}"', file=sys.stderr)
         return [torch.from_numpy(np.asarray(vector, dtype=np.float32)) for vector in vectors]
 
     @cached_property
@@ -165,6 +170,10 @@ def make_generator(recipe: Recipe, model: CausalWan, step: int, device: torch.de
 def training_card(recipe: Recipe) -> tuple[Place, dict]:
     """The dataset that a recipe trains on first, and its card. Raises ValueError when it does not fit the model."""
     dataset = place_of(recipe.folders_of(recipe.data.train or recipe.stages[0].data)[0], recipe.data.patience)
-    card = read_card(dataset)
+    try:
+        card = read_card(dataset)
+    except NotADataset as error:
+        needed = "the run's training data: its card, codec and text encoder are needed, not its shards"
+        raise NotADataset(f"{error} ({needed}; or give  data.train=FOLDER)") from None
     check_card(card, recipe.model, dataset)
     return dataset, card

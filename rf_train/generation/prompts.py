@@ -20,13 +20,16 @@ class Prompts:
 
     @classmethod
     def of(cls, written: str | list[str]) -> "Prompts":
-        """From one prompt without a time, or from several like "0: a boat" and "5: a storm".
+        """From one prompt without a time, or from several like "0: a boat" and "5: a storm", or "0: a boat | 5: ...".
 
         Raises a one-line ValueError for several prompts without times, and for times that don't ascend from 0.
         """
         written = [written] if isinstance(written, str) else written or [""]
         for one in written:
             check_text("--prompt", one)
+        parts = written[0].split(" | ")
+        if len(written) == 1 and len(parts) > 1 and _TIMED.fullmatch(parts[0].strip()):
+            written = parts
         found = [_TIMED.fullmatch(one.strip()) for one in written]
         if len(written) == 1 and found[0] is None:
             return cls((0.0,), (written[0],))
@@ -44,9 +47,8 @@ class Prompts:
 
         Raises a one-line ValueError when the first has a time and another one has none, and as `of` does.
         """
-        parts = line.split(" | ")
-        timed = len(parts) > 1 and _TIMED.fullmatch(parts[0].strip())
-        return cls.of(parts) if timed else cls((0.0,), (line,))
+        timed = " | " in line and _TIMED.fullmatch(line.split(" | ")[0].strip())
+        return cls.of(line) if timed else cls((0.0,), (line,))
 
     def check_shown(self, begins: Callable[[int], float], first: int, count: int) -> None:
         """Raises a one-line ValueError that names a prompt which a video never shows.

@@ -9,7 +9,7 @@ from rf_train.engine.shared_work import held
 from rf_train.evaluate import make_pieces
 from rf_train.evaluation.evaluation import Evaluation
 from rf_train.evaluation.long_videos import SEEDS_APART, LongVideos, summary
-from rf_train.evaluation.pieces import RESULT, Pieces
+from rf_train.evaluation.pieces import PREVIOUS, RESULT, Pieces
 from rf_train.evaluation.prompted import PromptedVideos
 from rf_train.evaluation.text_agreement import TextAgreement
 from rf_train.evaluation.video_metrics import VIDEO_METRICS
@@ -80,7 +80,7 @@ def test_another_evaluation_waits_for_its_turn_and_begins_anew(tmp_path):
             assert ours.read("a") == {"rows": []}
     (tmp_path / RESULT).touch()
     with other.entered():
-        assert other.read("a") is None and not (tmp_path / RESULT).exists()
+        assert other.read("a") is None and not (tmp_path / RESULT).exists() and (tmp_path / PREVIOUS).exists()
 
 
 def test_samples_of_a_clip_have_seeds_of_their_own_and_count_as_one_clip(tiny_generator):

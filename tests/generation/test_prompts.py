@@ -82,3 +82,10 @@ def test_a_prompt_file(tmp_path):
 def test_a_seed_belongs_to_a_prompt_and_a_number():
     seeds = {seed_of(seed, prompt, sample) for seed in (0, 1) for prompt in ("a", "b") for sample in (0, 1)}
     assert len(seeds) == 8 and seed_of(0, "a", 1) == seed_of(0, "a", 1) and all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_one_prompt_on_the_command_line_may_be_written_as_in_a_file():
+    assert Prompts.of("0: a boat | 5: a storm") == Prompts.of(["0: a boat", "5: a storm"])
+    assert Prompts.of("a boat | a storm").texts == ("a boat | a storm",)
+    with pytest.raises(ValueError, match="so give its time"):
+        Prompts.of(["0: a boat | a storm"])
