@@ -121,7 +121,9 @@ class RunRecord:
             check_shape(row, ROW, where)
             check_shape(row.get("evaluation"), Maybe({"clips": float}), f"{where}: evaluation")
             for key, series in (row.get("evaluation") or {}).items():
-                check_shape(series, SERIES if isinstance(series, list) else MAYBE, f"{where}: evaluation: {key}")
+                usual = SERIES if isinstance(series, list) else MAYBE
+                shape = {"segments_seconds": [[float]], "routing": Maybe({})}.get(key, usual)
+                check_shape(series, shape, f"{where}: evaluation: {key}")
             for metric in metrics.METRICS:
                 if metric.plot is not None and row.get(metric.name):
                     check_shape(row[metric.name], SERIES, f"{where}: {metric.name}")

@@ -59,6 +59,7 @@ def write_run(folder: Path, seed: int = 0, stage: str = "forcing", caption: str 
         about = {"skipped": 0, "grad_norm": 1.0, "rollout_share": 0.25, "lr": 1e-3}
         if step % 3 == 2:
             about["evaluation"] = {"clips": 2, "seconds": 0.0, "psnr": [10.0 + step, 9.0], "sharpness": [1.0, None]}
+            about["evaluation"] |= {"segments_seconds": [[0.25, 1.0], [1.0, 2.0]], "frechet": [0.1, 0.2], "routing": {}}
         log.log(step, recipe.span_at(step).stage.name, 2, {**measured.reduced(1), **about})
     log.close()
     write_evaluation(folder, caption, np.random.default_rng(seed))
