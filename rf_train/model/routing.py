@@ -10,6 +10,7 @@ log-sum-exps. Sizes: B batch, H heads, R queries, L keys, D head width,
 n slots of a query: the chunks that it reads.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,7 +25,7 @@ from rf_train.model.kernels import Kernels, SegmentKernels, Segments, flash_kern
 
 SMALL_PAIRS = 2**19  # queries x keys of a head, up to which a CPU is faster with a mask than with many small calls
 GRID = 65535  # sequences in one call of a GPU's variable-length kernel
-GATHERED_BYTES = {"cpu": 16 * 2**20, "cuda": 2**30}  # of the rows that a group of heads gathers at once
+GATHERED_BYTES = {"cpu": 24 * 2**20, "cuda": 2**30}  # of the rows that are gathered at once
 
 observers: list[Callable[[Tensor, "RoutingPlan"], None]] = []  # called with the choices of every routed attention
 
@@ -156,7 +157,7 @@ def routing_kernels(q: Tensor, kernel: str = "auto") -> RoutingKernels | None:
 
 
 class Gather(NamedTuple):
-    """How the rows of a group of G heads are gathered, key chunk by key chunk. T = G R n rows."""
+    """How the rows of a piece are gathered, key chunk by key chunk: G heads, R queries. T = G R n rows."""
 
     source: Tensor  # int64 [T]: the query of each row, in [0, G R)
     place: Tensor  # int64 [G R, n]: the rows of each query, one per slot
@@ -176,22 +177,29 @@ class Gather(NamedTuple):
         return cls(order // count, place.view(-1, count), Segments(begins, plan.gathered, queries))
 
 
-def bytes_per_head(queries: int, slots: int, width: int, itemsize: int) -> int:
-    """Bytes that one head gathers: queries, their outputs, one slot's in fp32, and the order of the rows."""
-    return queries * slots * (width * (2 * itemsize + 4) + 40)
+def bytes_per_query(slots: int, width: int, itemsize: int) -> int:
+    """Bytes that one query of one head gathers: itself, its outputs, one slot's in fp32, and the order of the rows."""
+    return slots * (width * (2 * itemsize + 4) + 40)
 
 
-def heads_at_once(heads: int, chunks: int, head_bytes: int, device: str) -> int:
-    """The heads of a group, at least one: what it gathers stays within GATHERED_BYTES, its sequences within a grid."""
-    return max(1, min(heads, GATHERED_BYTES[device] // max(1, head_bytes), GRID // max(1, chunks)))
+def piece_size(heads: int, queries: int, chunks: int, query_bytes: int, device: str) -> tuple[int, int]:
+    """The (heads, queries) that are computed at once, each at least one.
+
+    What they gather stays within GATHERED_BYTES, their sequences within a grid. Several heads, or a part of one head's
+    queries, all parts about equal. `query_bytes`: see `bytes_per_query`.
+    """
+    room = max(1, GATHERED_BYTES[device] // max(1, query_bytes))
+    at_once = max(1, min(heads, room // max(1, queries), GRID // max(1, chunks)))
+    return at_once, math.ceil(queries / math.ceil(queries / room)) if queries > room else queries
 
 
-def head_groups(q: Tensor, plan: RoutingPlan) -> list[tuple[int, slice]]:
-    """(clip, heads) of each group of heads that is computed at once: q [B, H, R, D]."""
+def pieces(q: Tensor, plan: RoutingPlan) -> list[tuple[int, slice, list[slice]]]:
+    """(clip, heads, their queries piece by piece) of each group of heads: q [B, H, R, D]."""
     batch, heads, queries, width = q.shape
-    one = bytes_per_head(queries, plan.attention.read_chunks, width, q.element_size())
-    size = heads_at_once(heads, len(plan.gathered), one, q.device.type)
-    return [(clip, slice(begin, begin + size)) for clip in range(batch) for begin in range(0, heads, size)]
+    one = bytes_per_query(plan.attention.read_chunks, width, q.element_size())
+    group, part = piece_size(heads, queries, len(plan.gathered), one, q.device.type)
+    of_queries = [slice(begin, min(begin + part, queries)) for begin in range(0, queries, part)]
+    return [(clip, slice(head, head + group), of_queries) for clip in range(batch) for head in range(0, heads, group)]
 
 
 class RoutedAttention(torch.autograd.Function):
@@ -199,7 +207,7 @@ class RoutedAttention(torch.autograd.Function):
 
     q [B, H, R, D]: the queries of `plan.rows`; k, v [B, H, L, D]: all keys. Backward runs the kernels' backward on each
     part with the output and the log-sum-exp of the whole row, which is exact. `stash` is for selective recomputation:
-    see `two_stream_attention`. Sums over a query's parts are fp32 and in a fixed order.
+    see `two_stream_attention`. Sums over parts are fp32 and in a fixed order.
     """
 
     @staticmethod
@@ -217,17 +225,19 @@ class RoutedAttention(torch.autograd.Function):
                 part, sums, rest = dense(run.of_queries(q), run.of_keys(k), run.of_keys(v))
                 out[:, :, run.queries], log_sums[:, :, run.queries] = run.back(part), run.back(sums)
                 rests.append(rest)
-            for clip, heads in head_groups(q, plan):
-                gather = Gather.of(slots[clip, heads], plan)
-                rows = q[clip, heads].flatten(0, 1).index_select(0, gather.source)
-                parts, sums, rest = segmented(rows, k[clip, heads, keys], v[clip, heads, keys], gather.segments)
-                rests.append(rest)
-                sums, own_sums = sums[gather.place], log_sums[clip, heads].flatten()  # (G R, n), (G R)
-                total = torch.logaddexp(sums.logsumexp(dim=1), own_sums)
-                merged = _weighted_sum(parts, gather.place, (sums - total[:, None]).exp())
-                merged += out[clip, heads].flatten(0, 1).float() * (own_sums - total).exp()[:, None]
-                out[clip, heads] = merged.view_as(out[clip, heads]).to(q.dtype)
-                log_sums[clip, heads] = total.view_as(log_sums[clip, heads])
+            for clip, heads, parts_of_queries in pieces(q, plan):
+                for queries in parts_of_queries:
+                    at = clip, heads, queries
+                    gather = Gather.of(slots[at], plan)
+                    rows = q[at].flatten(0, 1).index_select(0, gather.source)
+                    parts, sums, rest = segmented(rows, k[clip, heads, keys], v[clip, heads, keys], gather.segments)
+                    rests.append(rest)
+                    sums, own_sums = sums[gather.place], log_sums[at].flatten()  # (G R, n), (G R)
+                    total = torch.logaddexp(sums.logsumexp(dim=1), own_sums)
+                    merged = _weighted_sum(parts, gather.place, (sums - total[:, None]).exp())
+                    merged += out[at].flatten(0, 1).float() * (own_sums - total).exp()[:, None]
+                    out[at] = merged.view_as(out[at]).to(q.dtype)
+                    log_sums[at] = total.view_as(log_sums[at])
             if stash is not None:
                 # Detached: `out` will hold the graph, and the graph holds the stash.
                 stash["routing"] = out.detach(), log_sums, rests
@@ -245,18 +255,22 @@ class RoutedAttention(torch.autograd.Function):
             of_queries = [run.of_queries(x) for x in (grad, q, out, log_sums)]
             parts = dense(of_queries[0], of_queries[1], run.of_keys(k), run.of_keys(v), *of_queries[2:], next(rests))
             dq[:, :, run.queries], dk[:, :, run.keys], dv[:, :, run.keys] = map(run.back, parts)
-        for clip, heads in head_groups(q, plan):
-            gather = Gather.of(slots[clip, heads], plan)
-            each = (x[clip, heads].flatten(0, 1) for x in (grad, q, out, log_sums))
-            part_grad, *rows, sums = (x.index_select(0, gather.source) for x in each)
-            parts, part_dk, part_dv = segmented(
-                part_grad, rows[0], k[clip, heads, keys], v[clip, heads, keys], rows[1], sums, gather.segments,
-                next(rests),
-            )  # fmt: skip
-            own = dq[clip, heads]
-            own += _weighted_sum(parts, gather.place, None).view_as(own)
-            dk[clip, heads, keys] += part_dk
-            dv[clip, heads, keys] += part_dv
+        for clip, heads, parts_of_queries in pieces(q, plan):
+            of_keys = clip, heads, keys
+            own_dk, own_dv = dk[of_keys], dv[of_keys]
+            sum_dk, sum_dv = own_dk.float(), own_dv.float()  # fp32 needs no copies
+            for queries in parts_of_queries:
+                at = clip, heads, queries
+                gather = Gather.of(slots[at], plan)
+                each = (x[at].flatten(0, 1) for x in (grad, q, out, log_sums))
+                part_grad, *rows, sums = (x.index_select(0, gather.source) for x in each)
+                given = part_grad, rows[0], k[of_keys], v[of_keys], rows[1], sums, gather.segments, next(rests)
+                parts, part_dk, part_dv = segmented(*given)
+                dq[at] += _weighted_sum(parts, gather.place, None).view_as(dq[at])
+                sum_dk += part_dk
+                sum_dv += part_dv
+            own_dk.copy_(sum_dk)
+            own_dv.copy_(sum_dv)
         return dq, dk, dv, None, None, None, None
 
 

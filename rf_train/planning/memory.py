@@ -4,6 +4,7 @@ It is counted from what the code keeps; nothing is fitted. In formulas, D is mod
 or activation.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -12,7 +13,7 @@ import torch
 from rf_train.diffusion.randomness import LOSS_DRAWS
 from rf_train.model.chunks import ModelPass, Routed, Window
 from rf_train.model.kv_cache import kv_cache_bytes
-from rf_train.model.routing import bytes_per_head, heads_at_once
+from rf_train.model.routing import bytes_per_query, piece_size
 from rf_train.planning.costs import StageCase, query_counts
 
 ROOM = 0.10  # of a GPU's memory, left to the CUDA context, NCCL and the allocator's fragments
@@ -167,13 +168,16 @@ def routed_queries(case: StageCase, model_pass: ModelPass, last: bool) -> int:
 
 
 def routing_working_bytes(case: StageCase, model_pass: ModelPass) -> int:
-    """What a group of heads gathers at once in routed attention."""
+    """What routed attention gathers at once and, in bf16, the sums of the keys' gradients in fp32."""
     queries = routed_queries(case, model_pass, False)
     if not isinstance(case.attention, Routed) or not queries:
         return 0
     model, slots = case.recipe.model, case.attention.read_chunks
-    one = bytes_per_head(queries, slots, model.head_dim, case.value_bytes)
-    return one * heads_at_once(model.heads // case.sequence_ranks, len(case.chunk_sizes), one, case.cluster.device)
+    one = bytes_per_query(slots, model.head_dim, case.value_bytes)
+    heads = model.heads // case.sequence_ranks
+    size = piece_size(heads, queries, len(case.chunk_sizes), one, case.cluster.device)
+    sums = 0 if case.value_bytes == 4 else 8 * model.head_dim * size[0] * case.tokens_per_frame * case.clip.frames
+    return one * math.prod(size) + sums
 
 
 def block_saved(case: StageCase, last: bool) -> dict[str, int]:

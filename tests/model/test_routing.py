@@ -145,8 +145,8 @@ def test_small_attention_on_a_cpu_goes_by_the_mask(monkeypatch):
     assert_equal(found, with_gradients(expected_attention(*inputs, layout), inputs, weight), 1e-5)
 
 
-@pytest.mark.parametrize("groups", [1, 10**9], ids=["one head at a time", "all heads"])
-def test_the_result_does_not_depend_on_the_groups_of_heads(monkeypatch, device, groups):
+@pytest.mark.parametrize("groups", [1, 10**9], ids=["query by query", "all heads"])
+def test_the_result_does_not_depend_on_the_pieces(monkeypatch, device, groups):
     monkeypatch.setitem(routing.GATHERED_BYTES, device.type, groups)
     layout = layout_of([4] * 7, Routed(top_k=2))
     torch.manual_seed(0)
