@@ -28,7 +28,7 @@ from rf_train.diffusion.histories import Autoregressive
 from rf_train.diffusion.loss import training_loss
 from rf_train.diffusion.randomness import LOSS_DRAWS, make_draws
 from rf_train.engine.collectives import Ranks, start_ranks
-from rf_train.engine.devices import memory_of
+from rf_train.engine.devices import clock, memory_of
 from rf_train.engine.zero import Engine, build_engine
 from rf_train.model import elementwise
 from rf_train.model.attention import PassLayout, two_stream_attention
@@ -48,7 +48,7 @@ from rf_train.model.settings import ModelSettings
 from rf_train.model.transformer import PassContext
 from rf_train.planning.costs import GIB, Clip, Cluster, StageCase, flop, read_zero
 from rf_train.planning.memory import memory, with_kept_blocks
-from rf_train.train import clock, degraded_history
+from rf_train.train import degraded_history
 
 PEAK_FLOPS = Cluster().flops  # dense bf16 of an H100 or H200
 

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rf_train.engine.devices import clock
 from rf_train.model.chunks import Dense
 from rf_train.model.settings import ModelSettings
 from rf_train.model.transformer import CausalWan
 from rf_train.planning.costs import GIB, Clip
-from rf_train.train import clock
 from rf_train.weights import to_wan_name
 
 MODEL_FILE = "wan/modules/causal_model.py"

@@ -5,7 +5,7 @@ The sums over micro-steps and ranks, `metrics.jsonl`, wandb and the report need 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -41,11 +41,10 @@ class MicroStepResult:
         """bool [B]: the clips whose loss is finite."""
         return self.loss_by_chunk.isfinite().all(dim=1)
 
-    def only(self, clips: Tensor) -> "MicroStepResult":
-        """The result of some clips alone: those where `clips`, bool [B], is true."""
-        names = ("x", "history", "history_level", "loss_by_chunk", "t")
-        tensors = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: x[clips] for name, x in tensors.items() if x is not None})
+    @property
+    def resampled(self) -> Tensor:
+        """bool [B]: those of them whose history isn't the truth itself."""
+        return self.finite & (self.history_level > 0)
 
 
 class Sums(NamedTuple):
@@ -72,7 +71,8 @@ class Plot:
 class Metric:
     """One metric of the training step.
 
-    `sums` gets the clips whose loss is finite. Its totals are fp64: a scalar, or one number per chunk or bin.
+    `sums` counts the clips whose loss is `finite`, and no others. Its totals are fp64: a scalar, or one number per
+    chunk or bin. It takes no numbers from the device: a GPU would have to finish its work first.
     """
 
     name: str
@@ -80,18 +80,19 @@ class Metric:
     plot: Plot | None = None
 
 
-def over_clips(values: Tensor) -> Sums:
-    """The sums for a mean over clips of [B] or [B, N] values."""
-    totals = values.double().sum(0)
-    return Sums(totals, torch.full_like(totals, len(values)))
+def over_clips(values: Tensor, clips: Tensor) -> Sums:
+    """The sums for a mean of [B] or [B, N] values over the clips where `clips`, bool [B], is true."""
+    counted = clips.view(-1, *[1] * (values.dim() - 1)).expand_as(values)
+    return Sums(values.double().where(counted, 0).sum(0), counted.double().sum(0))
 
 
-def by_level(levels: Tensor, values: Tensor) -> Sums:
-    """The sums for means by noise level: LEVEL_BINS numbers. `levels` and `values` have the same shape."""
+def by_level(levels: Tensor, values: Tensor, clips: Tensor) -> Sums:
+    """The sums for means by noise level: LEVEL_BINS numbers. `levels` and `values` have one shape, `clips` is [B]."""
     bins = (levels.double() * LEVEL_BINS).long().clamp(0, LEVEL_BINS - 1).flatten()
     empty = torch.zeros(LEVEL_BINS, dtype=torch.float64, device=levels.device)
-    values = values.double().flatten()
-    return Sums(empty.index_add(0, bins, values), empty.index_add(0, bins, torch.ones_like(values)))
+    counted = clips.view(-1, *[1] * (values.dim() - 1)).expand_as(values).flatten()
+    values = values.double().flatten().where(counted, 0)
+    return Sums(empty.index_add(0, bins, values), empty.index_add(0, bins, counted.double()))
 
 
 def history_error(result: MicroStepResult) -> Tensor:
@@ -103,31 +104,25 @@ def history_error(result: MicroStepResult) -> Tensor:
     return mean_by_chunk(square, result.chunk_sizes[:-1]).sqrt()
 
 
-def _history_levels(result: MicroStepResult) -> Tensor:
-    """The noise levels of the clips whose history isn't the truth itself."""
-    return result.history_level[result.history_level > 0]
-
-
 def _level_counts(result: MicroStepResult) -> Sums:
-    levels = _history_levels(result)
-    counts = by_level(levels, levels).counts
+    counts = by_level(result.history_level, result.history_level, result.resampled).counts
     assert counts is not None
     return Sums(counts)
 
 
 METRICS = (
-    Metric("loss_by_chunk", lambda r: over_clips(r.loss_by_chunk), Plot("loss by chunk", "loss")),
+    Metric("loss_by_chunk", lambda r: over_clips(r.loss_by_chunk, r.finite), Plot("loss by chunk", "loss")),
     Metric(
         "history_error_by_chunk",
-        lambda r: over_clips(history_error(r)),
+        lambda r: over_clips(history_error(r), r.finite),
         Plot("how far training's history is from the truth", "rms of x\u0303 - x"),
     ),
     Metric(
         "loss_by_t",
-        lambda r: by_level(r.t, r.loss_by_chunk),
+        lambda r: by_level(r.t, r.loss_by_chunk, r.finite),
         Plot("loss by noise level", "loss", x="noise level"),
     ),
-    Metric("t_s", lambda r: over_clips(_history_levels(r))),
+    Metric("t_s", lambda r: over_clips(r.history_level, r.resampled)),
     Metric(
         "t_s_histogram",
         _level_counts,
@@ -142,7 +137,7 @@ class StepMetrics:
     def __init__(self) -> None:
         self._sums: dict[str, Sums] = {}
         self._clips = torch.zeros(3, dtype=torch.float64)  # with a finite loss, without, and damaged samples
-        self._not_finite: list[str] = []
+        self._finite: list[tuple[list[str], Tensor]] = []  # ids and `finite` of each micro-batch
 
     def add(self, ids: list[str], result: MicroStepResult, damaged: int = 0) -> None:
         """Adds one micro-batch. Clips whose loss isn't finite are only counted and named.
@@ -153,9 +148,9 @@ class StepMetrics:
         good = finite.sum()
         counts = torch.stack([good, len(ids) - good, torch.full_like(good, damaged)])
         self._clips = self._clips.to(finite.device) + counts
-        self._not_finite += [name for name, ok in zip(ids, finite.tolist()) if not ok]
+        self._finite.append((ids, finite))
         for metric in METRICS:
-            sums, before = metric.sums(result.only(finite)), self._sums.get(metric.name)
+            sums, before = metric.sums(result), self._sums.get(metric.name)
             if before is not None:
                 pairs = zip(before, sums)
                 sums = Sums(*(None if a is None or b is None else a + b for a, b in pairs))  # type: ignore[arg-type]
@@ -181,4 +176,5 @@ class StepMetrics:
 
     def clips_not_finite(self) -> list[str]:
         """The ids of the clips, on all ranks, whose loss isn't finite, in alphabetical order. A collective."""
-        return sorted(set(gather_lines(self._not_finite)))
+        own = [name for ids, finite in self._finite for name, ok in zip(ids, finite.tolist()) if not ok]
+        return sorted(set(gather_lines(own)))

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -39,7 +38,7 @@ from rf_train.engine.collectives import (
     true_on_any_rank,
 )
 from rf_train.engine.deepspeed_json import complete_settings
-from rf_train.engine.devices import use_deterministic_kernels
+from rf_train.engine.devices import Moment, use_deterministic_kernels
 from rf_train.engine.run_folder import Events, job_name, one_writer
 from rf_train.engine.state import TrainingState
 from rf_train.engine.stopping import FOLDER_LOST, Interrupted, Stop
@@ -187,17 +186,18 @@ def train_step(engine: Engine, step: int, batches: list[Batch], recipe: Recipe, 
     device = engine.ranks.device
     check_same_shapes(step, batches, stage.history)
     rolls_out = true_on_any_rank([stage.history.needs_rollout(batch) for batch in batches])
-    metrics, rollout_seconds, begin, applied = StepMetrics(), 0.0, clock(device), True
+    metrics, rollouts, begin, applied = StepMetrics(), list[tuple[Moment, Moment]](), Moment(device), True
     for batch, needed in zip(on_device(batches, device), rolls_out):
-        history_begin = clock(device)
+        rollout_begin = Moment(device)
         history, level = degraded_history(engine, batch, recipe, stage, needed)
-        rollout_seconds += clock(device) - history_begin
+        rollouts.append((rollout_begin, Moment(device)))
         result = training_loss(engine, batch, history, recipe.flow, stage.attention)
         engine.backward(result.loss)
         applied = engine.step()
         metrics.add(batch.ids, MicroStepResult.of(batch, history, level, result), len(batch.damaged))
-    seconds = clock(device) - begin
-    own = {"skipped": int(not applied), "grad_norm": engine.gradient_norm, "rollout_share": rollout_seconds / seconds}
+    end = Moment(device)
+    share = sum(first.until(last) for first, last in rollouts) / begin.until(end)
+    own = {"skipped": int(not applied), "grad_norm": engine.gradient_norm, "rollout_share": share}
     return {**metrics.reduced(engine.sequence_parallel_size), **own}, [] if applied else metrics.clips_not_finite()
 
 
@@ -234,13 +234,6 @@ def check_same_shapes(step: int, batches: list[Batch], history: History) -> None
     shape = dict(zip(names, batches[0].x.shape))
     counts = {"micro-steps": len(batches), "passes of a rollout": len(history.rollout_passes(batches[0].chunk_sizes))}
     check_same_on_ranks(f"step {step + 1}", step=step, **counts, chunks=chunks, **shape)
-
-
-def clock(device: torch.device) -> float:
-    """The time in seconds, after the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def learning_rate(stage: Stage, step_in_stage: int) -> float:

@@ -312,7 +312,7 @@ def test_a_new_metric_by_chunk_appears_everywhere_without_another_change(tmp_pat
     """Only its entry is written. It is summed, logged and drawn."""
 
     def largest(result):
-        return over_clips(result.x.amax(dim=(1, 3, 4))[:, [0, 3, 6]])
+        return over_clips(result.x.amax(dim=(1, 3, 4))[:, [0, 3, 6]], result.finite)
 
     new = Metric("largest_by_chunk", largest, Plot("the largest latent", "x"))
     before = page_of([write_run(tmp_path / "before")], tmp_path / "before.html")

@@ -1,6 +1,7 @@
 """The device of this process, and what must be set before CUDA starts."""
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -66,6 +67,30 @@ def use_deterministic_kernels() -> None:
     torch.use_deterministic_algorithms(True)
     # Off: it is slow, and puts NaN into the padding of ZeRO's buffers.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def clock(device: torch.device) -> float:
+    """The time in seconds, after the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class Moment:
+    """A moment in a device's work, noted without waiting for it."""
+
+    def __init__(self, device: torch.device):
+        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if self._event is not None:
+            self._event.record()
+        self._time = time.perf_counter()
+
+    def until(self, later: "Moment") -> float:
+        """The seconds to a later moment. Waits for the device to reach it."""
+        if self._event is None or later._event is None:
+            return later._time - self._time
+        later._event.synchronize()
+        return self._event.elapsed_time(later._event) / 1000
 
 
 def memory_of(device: torch.device, ranks_here: int) -> int:
