@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 TINY = [
     "model.dim=32", "model.ffn_dim=64", "model.heads=2", "model.layers=2", "model.chunk=3", "model.first_chunk=3",
-    "model.patch=2", "optimizer.micro_batch=1", "flow.sampling_steps=2",
+    "model.patch=2", "optimizer.micro_batch=1", "flow.sampling_steps=2", "run.deepspeed=ds_configs/zero3.json",
 ]  # fmt: skip
 TINY_STAGES = [
     "stages=[{name: teacher_forcing, history: clean, steps: 4, batch: 2}, "
