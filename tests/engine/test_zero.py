@@ -111,10 +111,11 @@ def test_recomputation_under_zero3_changes_nothing(plain_run, tmp_path, checkpoi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["zero2", "zero3"])
-def test_compiled_blocks_change_no_run(plain_run, tmp_path, engine):
-    """Through every stage: teacher forcing, rollouts, a window, routing."""
-    recipe = recipe_dict(plain_run.data, tmp_path, compile=True, deepspeed=f"ds_configs/{engine}.json")
+@pytest.mark.parametrize("engine, sequence", [("zero2", 1), ("zero3", 2)])
+def test_compiled_blocks_change_no_run(plain_run, tmp_path, engine, sequence):
+    """Through every stage: teacher forcing, rollouts, a window, routing. Also where ranks share each clip."""
+    settings = {"deepspeed": f"ds_configs/{engine}.json", "sequence_parallel_size": sequence}
+    recipe = recipe_dict(plain_run.data, tmp_path, compile=True, **settings)
     recipe["model"] = {**recipe["model"], "checkpointing": "auto"}
     train_on_ranks(2, recipe)
     assert_close(losses_of(tmp_path), plain_run.losses, 1e-4)
