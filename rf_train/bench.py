@@ -35,6 +35,7 @@ from rf_train.diffusion.histories import make_history
 from rf_train.diffusion.loss import training_loss
 from rf_train.engine.collectives import start_ranks
 from rf_train.engine.zero import build_engine
+from rf_train.evaluation.routing_choices import RoutingChoices, counted_choices
 from rf_train.model.attention import PassLayout, two_stream_attention
 from rf_train.model.chunks import Attention, Chunk, Dense, Routed, attention_at_any_length
 from rf_train.model.kv_cache import LayerKVCache, chunk_means
@@ -159,6 +160,9 @@ def bench_routing(options: argparse.Namespace) -> Result:
         }
         if chunks == few:
             functions[f"mask {few}"] = partial(masked_by_chunk, qkv, chunk, few, top_k, grad)
+        else:
+            choices = RoutingChoices(1, heads, many)
+            functions[f"counted {many}"] = partial(counting, choices, functions[f"routed {many}"])
         seconds |= timed(functions, options.rounds)
     early, late = 16, 128  # chunks of history
     steps: dict[str, Callable[[], object]] = {}
@@ -182,6 +186,7 @@ def bench_routing(options: argparse.Namespace) -> Result:
         f"share_of_promise_{many}": speedups[many] / promise,
         f"memory_growth_{few}_to_{many}": large / small,
         f"chunk_price_{late}_over_{early}": seconds[f"chunk {late}"] / seconds[f"chunk {early}"],
+        "price_of_statistics": seconds[f"counted {many}"] / seconds[f"routed {many}"],
         "price_among_all": seconds[f"among all {late}"] / seconds[f"among all {early}"],
         "seconds": seconds,
     }
@@ -194,6 +199,11 @@ def bench_routing(options: argparse.Namespace) -> Result:
     )
     lines.append(f"  peak memory, {few} -> {many} chunks: {small / 2**20:.1f} -> {large / 2**20:.1f} MiB")
     return lines, figures
+
+
+def counting(choices: RoutingChoices, function: Callable[[], object]) -> None:
+    with counted_choices(choices):
+        function()
 
 
 def forward_and_backward(qkv: list[Tensor], layout: PassLayout, grad: Tensor) -> None:

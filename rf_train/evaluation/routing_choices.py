@@ -24,20 +24,26 @@ class RoutingChoices:
         self._calls = 0
 
     def add(self, slots: Tensor, plan: RoutingPlan) -> None:
-        """Adds the choices of one layer, int16 [B, H, R, n], see `choose_slots`. Calls come layer after layer."""
-        layer, begin, attention = self._calls % len(self.by_distance), 0, plan.attention
+        """Adds the choices of one layer, int16 [B, H, R, n], see `choose_slots`. Calls come layer after layer.
+
+        The counts stay on the device of `slots`: nothing waits for it.
+        """
+        self.by_distance, self.first = self.by_distance.to(slots.device), self.first.to(slots.device)
+        layer, attention, chunks = self._calls % len(self.by_distance), plan.attention, self.by_distance.shape[2]
         self._calls += 1
+        clips, heads = slots.shape[:2]
+        chosen = slots[..., : attention.top_k].long()  # (B, H, R, k)
+        earlier = [slots.new_full((rows.queries, 1), rows.earlier, dtype=torch.int64) for rows in plan.rows]
+        head = torch.arange(heads, device=slots.device)[:, None, None]
+        place = (head * chunks + torch.cat(earlier) - 1 - chosen).flatten()  # distance d is at d - 1
+        counts = torch.zeros(heads * chunks, dtype=torch.int64, device=slots.device)
+        counts.scatter_add_(0, place, torch.ones_like(place))
+        self.by_distance[layer, :heads, :, 0] += counts.view(heads, chunks)
+        self.first[layer, :heads, 0] += (chosen == 0).sum((0, 2, 3))
         for rows in plan.rows:
-            chosen = slots[:, :, begin : begin + rows.queries, : attention.top_k].long().cpu()
-            begin += rows.queries
-            queries = chosen.shape[0] * chosen.shape[2]
-            for head, own in enumerate(chosen.transpose(0, 1).flatten(1).unbind(0)):
-                counts = torch.bincount(own, minlength=rows.earlier).flip(0)
-                self.by_distance[layer, head, : rows.earlier, 0] += counts
-                self.first[layer, head, 0] += counts[-1]
             candidates = slice(attention.window, rows.earlier - attention.sink)
-            self.by_distance[layer, : chosen.shape[1], candidates, 1] += queries
-            self.first[layer, : chosen.shape[1], 1] += queries if attention.sink == 0 else 0
+            self.by_distance[layer, :heads, candidates, 1] += clips * rows.queries
+            self.first[layer, :heads, 1] += clips * rows.queries if attention.sink == 0 else 0
 
     def summary(self) -> dict[str, Any] | None:
         """What the counts say; None without any.
@@ -48,7 +54,7 @@ class RoutingChoices:
         """
         if not self.by_distance.any():
             return None
-        chosen, could = self.by_distance.double().unbind(-1)
+        chosen, could = self.by_distance.cpu().double().unbind(-1)
         share = chosen / chosen.sum(-1, keepdim=True).clamp(min=1)
         distances = torch.arange(1, chosen.shape[-1] + 1).double()
         total, first = could.sum((0, 1)), self.first.sum((0, 1)).tolist()
@@ -63,7 +69,7 @@ class RoutingChoices:
 
 @contextmanager
 def counted_choices(choices: RoutingChoices) -> Iterator[None]:
-    """Adds the choices of every routed attention inside to `choices`. It waits for the GPU in every layer."""
+    """Adds the choices of every routed attention inside to `choices`."""
     routing.observers.append(choices.add)
     try:
         yield
