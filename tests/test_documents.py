@@ -1,5 +1,6 @@
 """The documents say what is so: links lead somewhere, settings and test files exist, no line is too long."""
 
+import ast
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -64,10 +65,14 @@ def test_every_folder_of_code_has_a_map_of_its_files():
 
 
 def examples(title: str) -> dict:
-    """What the example in the part `title` of CONTRIBUTING.md defines."""
+    """What the example in the part `title` of CONTRIBUTING.md defines. `_` is the value of its last expression."""
     part = (PROJECT / "CONTRIBUTING.md").read_text().split(title)[1]
     defined: dict = {**vars(histories), **vars(metrics), "__name__": "rf_train.example"}
-    exec(re.search(r"```python\n(.*?)```", part, re.DOTALL)[1], defined)
+    for statement in ast.parse(re.search(r"```python\n(.*?)```", part, re.DOTALL)[1]).body:
+        if isinstance(statement, ast.Expr):
+            defined["_"] = eval(ast.unparse(statement), defined)
+        else:
+            exec(ast.unparse(statement), defined)
     return defined
 
 
@@ -80,9 +85,11 @@ def test_the_example_of_a_history_works(tiny_model):
 
 
 def test_the_example_of_a_metric_works():
-    result = random_result(3, 0)
-    found = examples("## To add a metric")["std_by_chunk"](result)
+    result, example = random_result(3, 0), examples("## To add a metric")
+    result.loss_by_chunk[2] = result.history[2] = float("nan")
+    found, (totals, counts) = example["std_by_chunk"](result), example["_"].sums(result)
     assert found.shape == (3, 2) and torch.allclose(found[1, 0], result.history[1, :, :3].std(correction=0))
+    assert torch.allclose(totals, found[:2].double().sum(0)) and counts.tolist() == [2, 2]
 
 
 def test_the_kinds_and_options_are_documented():

@@ -49,7 +49,8 @@ class CausalPass:
 
     def visible(self) -> list[int]:
         """The earlier chunks that this one can read."""
-        last = max(self.settings["window"], self.settings["reach"])
+        reach = self.settings["reach"] - self.writes  # of the chunks that are kept then, it is one itself
+        last = max(self.settings["window"], reach)
         return [n for n in range(self.index) if n >= self.index - last or n < self.settings["sink"]]
 
     def always(self, chunk: int) -> bool:

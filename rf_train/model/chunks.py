@@ -122,7 +122,11 @@ class Routed(Attention, kind="routed"):
 
 @dataclass(frozen=True)
 class RoutedWithin(Routed):
-    """Routing in generation: among the last `reach` earlier chunks only, and the first `sink` ones."""
+    """Routing in generation: among the last `reach` earlier chunks only, and the first `sink` ones.
+
+    The K/V cache keeps no others. A chunk that becomes history is one of them, and reads one chunk less than a noisy
+    one, as in the clips trained on.
+    """
 
     reach: int = 1
     farthest_sink: int | None = None  # as in `WindowWithin`; None: sinks stay at their own positions

@@ -5,6 +5,7 @@ about ten, and backward keeps only the inputs. Statistics, modulation and rotati
 compilation on, for the process. Attention and matrix multiplications stay as they are, and so do ZeRO's hooks.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
@@ -30,11 +31,10 @@ def use_compiled(on: bool) -> None:
     Raises ValueError where PyTorch's compiler doesn't work.
     """
     if on:
-        import torch._dynamo
-
-        limit = torch._dynamo.config
-        limit.recompile_limit = max(limit.recompile_limit, VARIANTS)
         check_compiler()
+        from torch._dynamo import config as limit
+
+        limit.recompile_limit = max(limit.recompile_limit, VARIANTS)
     _state["compiled"] = on
 
 
@@ -43,13 +43,22 @@ def check_compiler() -> None:
     """Compiles a small function. Raises a one-line ValueError if that fails."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        from torch import _dynamo  # noqa: F401  it makes the folder of the compiler's cache
+
         torch.compile(lambda x: x.exp() + 1)(torch.ones(16, device=device))
     except Exception as error:  # the compiler's own kinds have no common base
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(
-            f"run.compile=true: PyTorch's compiler does not work here ({reason}); it needs a C++ compiler, for example "
-            "g++. Or set run.compile=false"
-        ) from None
+        raise ValueError(_what_failed(error)) from None
+
+
+def _what_failed(error: Exception) -> str:
+    """One line on a failed compilation. The C++ compiler's own command and warnings take hundreds."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    telling = [line for line in lines if re.search(r"\berror: |\bfatal|failed: |killed", line, re.IGNORECASE)]
+    return (
+        f"run.compile=true: PyTorch's compiler does not work here ({(telling or lines)[0][:300]}); it needs a C++ "
+        "compiler, for example g++, and room in its cache folder (TORCHINDUCTOR_CACHE_DIR, or the folder for temporary "
+        "files). Or set run.compile=false"
+    )
 
 
 @contextmanager
@@ -80,9 +89,26 @@ def fusible(function: Function) -> Function:
 
     @wraps(function)
     def call(*arguments: Any) -> Any:
-        return (_compile(function) if _state["compiled"] else function)(*arguments)
+        return _call_compiled(function, arguments) if _state["compiled"] else function(*arguments)
 
     return call  # type: ignore[return-value]
+
+
+def _call_compiled(function: Callable[..., Any], arguments: tuple) -> Any:
+    """Raises a one-line ValueError where the compiler fails twice.
+
+    It fails once where Ctrl-C ends it, too. Then the step still ends, and the run saves.
+    """
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    try:
+        return _compile(function)(*arguments)
+    except BackendCompilerFailed:
+        pass
+    try:
+        return _compile(function)(*arguments)
+    except BackendCompilerFailed as error:
+        raise ValueError(_what_failed(error)) from None
 
 
 def layer_norm(x: Tensor, eps: float) -> Tensor:

@@ -30,21 +30,21 @@ def chunk_means(k: Tensor, lengths: Sequence[int]) -> Tensor:
 class LayerKVCache:
     """Keys and values of one layer's history, in buffers [B, H, capacity + scratch, D] that are filled from the front.
 
-    `chunks` are the indices of the cached chunks, `lengths` their tokens. When a new chunk doesn't fit, the oldest
-    chunks are dropped, except the first `sink` ones. The caller makes the buffer so large that no later chunk may read
-    the dropped ones. After the history there is room for `scratch` tokens of a noisy chunk. So the keys of history and
-    noisy chunk are contiguous without a copy.
+    `chunks` are the indices of the cached chunks, `lengths` their tokens. When a new chunk doesn't fit, or would be one
+    more than `most`, the oldest chunks are dropped, except the first `sink` ones. The caller makes the buffer so large
+    that no later chunk may read the dropped ones. After the history there is room for `scratch` tokens of a noisy
+    chunk. So the keys of history and noisy chunk are contiguous without a copy.
 
     Keys are at their rotary positions in the video, except those of sinks after `move_sinks`.
     """
 
     def __init__(
         self, batch: int, heads: int, capacity: int, scratch: int, head_dim: int, sink: int, dtype: torch.dtype,
-        device: torch.device,
+        device: torch.device, most: int | None = None,
     ):  # fmt: skip
         self.buffer_k = torch.empty(batch, heads, capacity + scratch, head_dim, dtype=dtype, device=device)
         self.buffer_v = torch.empty_like(self.buffer_k)
-        self.capacity, self.sink = capacity, sink
+        self.capacity, self.sink, self.most = capacity, sink, most
         self.chunks: list[int] = []
         self.lengths: list[int] = []
         self._sink_k: Tensor | None = None  # the sinks' keys at their own positions, once they are moved
@@ -115,8 +115,8 @@ class LayerKVCache:
         self.buffer_k[:, :, :tokens] = rotate(self._sink_k, rotation)
 
     def _make_room(self, tokens: int) -> None:
-        """Drops the oldest chunks until `tokens` more fit."""
-        while self.tokens + tokens > self.capacity:
+        """Drops the oldest chunks until a chunk of `tokens` tokens fits."""
+        while self.tokens + tokens > self.capacity or len(self.chunks) == self.most:
             oldest = sum(index < self.sink for index in self.chunks)
             if oldest >= len(self.chunks):
                 raise ValueError(f"a chunk of {tokens} tokens does not fit a cache of {self.capacity} tokens")
@@ -136,14 +136,14 @@ class KVCache:
 
     def __init__(
         self, layers: int, batch: int, heads: int, capacity: int, scratch: int, head_dim: int, dtype: torch.dtype,
-        device: torch.device, sink: int = 0,
+        device: torch.device, sink: int = 0, most: int | None = None,
     ):  # fmt: skip
-        """`capacity` and `scratch` in tokens.
+        """`capacity` and `scratch` in tokens; `sink` and `most`: see `LayerKVCache`.
 
         Raises a ValueError that gives the size in GiB when the device doesn't have enough memory.
         """
         self.bytes = kv_cache_bytes(layers, batch, heads, capacity + scratch, head_dim, dtype)
-        layer = (batch, heads, capacity, scratch, head_dim, sink, dtype, device)
+        layer = (batch, heads, capacity, scratch, head_dim, sink, dtype, device, most)
         try:
             self.layers = [LayerKVCache(*layer) for _ in range(layers)]
         except RuntimeError as error:  # torch's out-of-memory errors are RuntimeErrors

@@ -389,8 +389,9 @@ class CausalWan(nn.Module):
         scratch = self.chunking.largest * tokens_per_frame
         tokens = self.cache_tokens(tokens_per_frame, frames, attention) - scratch
         weight = self.proj_out.weight
+        most = attention.reach + sink if isinstance(attention, RoutedWithin) else None
         return KVCache(
-            settings.layers, batch, heads, tokens, scratch, settings.head_dim, weight.dtype, weight.device, sink
+            settings.layers, batch, heads, tokens, scratch, settings.head_dim, weight.dtype, weight.device, sink, most
         )
 
 

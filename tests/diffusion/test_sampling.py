@@ -186,12 +186,16 @@ def test_after_training_the_distances_stay_those_of_training():
     assert attention_at_any_length(Dense(), 1) == Window(window=1)
 
 
+@pytest.mark.parametrize("first_chunk", [3, 1, 7])
 @pytest.mark.parametrize("sink", [0, 1])
 @torch.no_grad()
-def test_routing_in_generation_reaches_as_far_as_in_training(tiny_model, device, monkeypatch, sink):
-    """Within its reach it is the routing of training. Beyond, older chunks leave the cache, but the first `sink`."""
-    model, flow = tiny_model(device), FlowSettings(sampling_steps=2, guidance=1.0)
-    request, caches = request_for(model, 27, [3]), []
+def test_routing_in_generation_reaches_as_far_as_in_training(tiny_model, device, monkeypatch, sink, first_chunk):
+    """Within its reach it is the routing of training. Beyond, older chunks leave the cache, but the first `sink`.
+
+    However long the first chunk is: it may leave room for several others.
+    """
+    model, flow = tiny_model(device, first_chunk=first_chunk), FlowSettings(sampling_steps=2, guidance=1.0)
+    request, caches = request_for(model, model.chunking.start(9), [3]), []
     new_cache = type(model).new_kv_cache
     monkeypatch.setattr(type(model), "new_kv_cache", lambda *rest: caches.append(new_cache(*rest)) or caches[-1])
     near = list(sample_chunks(model, request, flow, RoutedWithin(2, 0, sink, reach=5)))

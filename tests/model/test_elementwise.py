@@ -1,15 +1,20 @@
 """Compiled, the model gives what it gives without, in training, rollout and generation; and it compiles once."""
 
+import os
+import subprocess
+import sys
 from itertools import chain
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 
 from rf_train.model import elementwise
 from rf_train.model.chunks import Dense, Routed
 from rf_train.model.elementwise import compiled, graphs_compiled
 from rf_train.model.self_test import self_test
 from tests.conftest import random_clip
+from tests.distributed import PROJECT
 from tests.model.passes import cached_pass, parallel_pass
 
 
@@ -55,9 +60,45 @@ def test_without_a_compiler_the_error_is_one_line(monkeypatch):
     elementwise.check_compiler.cache_clear()
     try:
         with pytest.raises(
-            ValueError, match=r"run.compile=true: .*No working C\+\+ compiler found.*run.compile=false$"
+            ValueError, match=r"^run.compile=true: .*No working C\+\+ compiler found.*run.compile=false$"
         ):
             elementwise.use_compiled(True)
     finally:
         elementwise.check_compiler.cache_clear()
     assert not elementwise._state["compiled"]
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named_in_one_line():
+    program = "from rf_train.model.elementwise import use_compiled; use_compiled(True)"
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{__file__}/cache"}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=PROJECT, capture_output=True, text=True
+    )
+    *_, last = ended.stderr.splitlines()
+    assert last.startswith("ValueError: run.compile=true: ") and f"{__file__}/cache" in last and "_CACHE_DIR" in last
+
+
+def test_a_compiler_that_fails_once_is_asked_again_and_then_named_in_one_line(monkeypatch):
+    """Ctrl-C ends the C++ compiler, too. A disk that is full stays so."""
+    said, fails = (
+        f"C++ compile error\n\nCommand: g++ {'-O3 ' * 999}\nld: final link failed: No space left on device",
+        [1],
+    )
+
+    def compiled_by(function):
+        def call(*arguments):
+            if fails:
+                fails.pop()
+                raise BackendCompilerFailed("inductor", RuntimeError(said), None)
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(elementwise, "_compile", compiled_by)
+    monkeypatch.setitem(elementwise._state, "compiled", True)
+    x = torch.randn(2, 3)
+    expected = torch.nn.functional.rms_norm(x, (3,), torch.ones(3), 1e-6)
+    assert torch.equal(elementwise.rms_norm(x, torch.ones(3), 1e-6), expected)
+    fails += [1, 1]
+    with pytest.raises(ValueError, match=r"^run.compile=true: .*\(ld: final link failed: No space left on device\)"):
+        elementwise.rms_norm(x, torch.ones(3), 1e-6)
