@@ -150,6 +150,8 @@ def bench_routing(options: argparse.Namespace) -> Result:
     heads, chunk, top_k = options.heads, options.tokens, options.top_k
     head_dim = 128 if torch.cuda.is_available() else 64
     few, many = options.chunks, 4 * options.chunks
+    if few < 2:
+        raise ValueError(f"--chunks {few}: routing needs at least 2, so that there is an earlier one to read")
     seconds: dict[str, float] = {}
     for chunks in (few, many):
         qkv = random_qkv(heads, head_dim, two_streams(chunk, chunks, Dense()))
@@ -470,7 +472,7 @@ def main(arguments: list[str] | None = None) -> int:
     counts = "chunks tokens heads top_k side frames rounds samples steps index_samples layers video_frames"
     for name in counts.split():
         if getattr(options, name) < 1:
-            parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
+            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
     if options.self_forcing is not None and not (options.self_forcing / MODEL_FILE).is_file():
         parser.error(f"--self-forcing {options.self_forcing}: has no {MODEL_FILE}")
     if not 0 <= options.minutes < float("inf"):

@@ -46,6 +46,19 @@ def test_a_benchmark_prints_its_figures(arguments, figure, monkeypatch):
     assert lines and json.loads(figures)["bench"] == arguments[0] and json.loads(figures)[figure] > 0
 
 
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["routing", "--chunks", "1"], "--chunks 1: routing needs at least 2"),
+        (["routing", "--top-k", "0"], "--top-k 0: must be at least 1"),
+    ],
+)
+def test_sizes_that_cannot_be_measured_are_named_as_they_were_given(capsys, arguments, said):
+    with pytest.raises(SystemExit):
+        bench.main(arguments)
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_checkpoint_s_benchmark_leaves_nothing(tmp_path):
     arguments = ["checkpoint", "--layers", "1", "--rounds", "1", "--out", str(tmp_path)]

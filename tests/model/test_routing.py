@@ -93,8 +93,8 @@ def assert_equal(found: list[Tensor], expected: list[Tensor], tolerance: float) 
 
 
 @pytest.mark.parametrize("seed", range(220))
-def test_the_fast_path_equals_the_reference(device, seed):
-    """Random chunks (a short first one, a partial last one), heads, batch, k, windows and sinks."""
+def test_the_fast_path_equals_the_reference(device, monkeypatch, seed):
+    """Random chunks (a short first one, a partial last one), heads, batch, k, windows and sinks; in random pieces."""
     choice = random.Random(seed)
     torch.manual_seed(seed)
     size, count = choice.randint(1, 6), choice.randint(1, 9)
@@ -103,6 +103,7 @@ def test_the_fast_path_equals_the_reference(device, seed):
     attention = Routed(choice.randint(1, 4), choice.choice([0, 0, 1, 2]), choice.choice([0, 0, 1]))
     layout = layout_of(sizes, attention, choice.random() < 0.3)
     q, k, v = random_qkv(layout, choice.randint(1, 2), choice.randint(1, 4), choice.choice([8, 16]), device)
+    monkeypatch.setitem(routing.GATHERED_BYTES, device.type, choice.choice([1, 3000, 20011, 10**9]))
     weight = random_like(q)
     found = with_gradients(two_stream_attention(q, k, v, layout), (q, k, v), weight)
     assert_equal(found, with_gradients(expected_attention(q, k, v, layout), (q, k, v), weight), precision(device))
