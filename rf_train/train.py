@@ -258,10 +258,14 @@ def describe(recipe: Recipe, engine: Engine, state: TrainingState, first: int) -
         f"{stage.name} ({stage.history.kind}, {stage.attention.kind}, {stage.steps} steps of {stage.batch})"
         for stage in recipe.stages
     ]
-    return (
+    lines = [
         f"ZeRO stage {engine.zero_stage}, {ranks.world_size} ranks on {ranks.device.type} ({dist.get_backend()}); "
-        f"{total:,} parameters, {own:,} on this rank; {start}\nstages: {', '.join(stages)}"
-    )
+        f"{total:,} parameters, {own:,} on this rank; {start}",
+        f"stages: {', '.join(stages)}",
+    ]
+    if recipe.run.compile:
+        lines.append("run.compile: the first step of each stage compiles, which can take minutes")
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
