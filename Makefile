@@ -54,7 +54,8 @@ demo: demo-data
 	$(BIN)/python -m rf_train.evaluate $(RUN)_teacher_forcing --clips 32 --batch 16
 	@test -e $(RUN)/videos/prompt.mp4 || $(GENERATE) $(RUN) $(RUN)/videos/prompt.mp4 --seconds 10 --prompt "$(PROMPT)"
 	@test -e $(RUN)/videos/continued.mp4 || \
-		$(GENERATE) $(RUN) $(RUN)/videos/continued.mp4 --seconds 10 --video $(DATA)/videos/long/video-00000.mp4
+		$(GENERATE) $(RUN) $(RUN)/videos/continued.mp4 --seconds 10 --video $(DATA)/videos/long/video-00000.mp4 \
+			--prompt "$$(cat $(DATA)/videos/long/video-00000.txt)"
 	$(BIN)/python -m rf_train.report $(RUN) $(RUN)_teacher_forcing
 
 demo-data: setup
