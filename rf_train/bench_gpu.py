@@ -70,17 +70,19 @@ class Sizes:
     model: ModelSettings
     short: Clip  # the 5 s stages
     long: Clip  # the 15 s stages
+    minute: Clip  # 84 chunks
     top_k: int
     probe: int  # tokens of a chunk where values are compared
 
     @classmethod
     def of_device(cls, on_gpu: bool) -> "Sizes":
         if on_gpu:
-            return cls(ModelSettings(checkpointing="auto"), Clip(21, 60, 104), Clip(63, 60, 104), 5, 256)
+            short, long, minute = (Clip(frames, 60, 104) for frames in (21, 63, 252))
+            return cls(ModelSettings(checkpointing="auto"), short, long, minute, 5, 256)
         small = ModelSettings(
             dim=64, ffn_dim=128, heads=2, layers=3, text_dim=16, text_len=8, freq_dim=32, checkpointing="auto"
         )
-        return cls(small, Clip(9, 4, 4), Clip(15, 4, 4), 2, 32)
+        return cls(small, Clip(9, 4, 4), Clip(15, 4, 4), Clip(18, 4, 4), 2, 32)
 
 
 class Bench:
@@ -132,7 +134,8 @@ class Bench:
         short, long, routed, step = self.sizes.short, self.sizes.long, Routed(self.sizes.top_k), self.step
         found: dict[str, Callable[[], dict]] = {"machine": self.machine}
         found |= {f"values {kernel}": partial(self.kernel_values, kernel) for kernel in self.kernels}
-        found |= {"values routed": self.routed_values, "speed kernels": self.kernel_speed}
+        found |= {"values routed": self.routed_values}
+        found |= {f"speed {name}": partial(self.kernel_speed, clip) for name, clip in (("5 s", short), ("15 s", long))}
         found |= {
             "self-test": self.run_self_test,
             "step 5 s": partial(step, short, Dense()),
@@ -143,6 +146,7 @@ class Bench:
             "step 5 s, selective": partial(step, short, Dense(), checkpointing="selective"),
             "step 5 s, eager": partial(step, short, Dense(), compiled=False),
             "step 5 s, eager, fa2": partial(step, short, Dense(), compiled=False, kernel="fa2"),
+            "speed 60 s": partial(self.kernel_speed, self.sizes.minute, 1),
         }
         if self.self_forcing is not None:
             found["Self-Forcing's step"] = partial(self.step_of_self_forcing, self.self_forcing)
@@ -203,40 +207,37 @@ class Bench:
         pairs = zip(("out", "dq", "dk", "dv"), (one, *grads), (other, *expected))
         return {name: relative(mine, theirs) for name, mine, theirs in pairs}
 
-    def kernel_speed(self) -> dict:
-        """Two-stream attention of one block, forward and with backward: TFLOP/s at 5 s and 15 s, and routed seconds."""
+    def kernel_speed(self, clip: Clip, rounds: int = 3) -> dict:
+        """Two-stream attention of one block, compiled: seconds, TFLOP/s of dense kernels, and routing beside them."""
         model, found = self.sizes.model, dict[str, dict[str, Any]]()
-        for name, clip in (("5 s", self.sizes.short), ("15 s", self.sizes.long)):
-            chunk, chunks = model.chunk * model.tokens_per_frame(clip.height, clip.width), clip.frames // model.chunk
-            tokens = (2 * chunks - 1) * chunk
-            shape = (1, tokens, model.heads, model.head_dim)  # in memory as the linear layers write it
-            q, k, v, grad = (torch.randn(shape, device=self.device, dtype=self.dtype).transpose(1, 2) for _ in range(4))
-            q, k, v = (x.requires_grad_() for x in (q, k, v))
-            work = 4.0 * model.dim * chunk**2 * chunks**2
-            cases = [(kernel, Dense()) for kernel in self.kernels] + [("auto", Routed(self.sizes.top_k))]
-            fastest = float("inf")
-            for kernel, attention in cases:
-                layout = two_streams(chunk, chunks, attention, kernel)
-                run, routed = partial(two_stream_attention, q, k, v, layout), isinstance(attention, Routed)
-                label = f"{name}, {'routed' if routed else kernel}"
-                try:
-                    use_kernel(kernel)
-                    forward = self.seconds(torch.no_grad()(run), 3)
-                    both = self.seconds(partial(backward_of, run, grad), 3)
-                except (ValueError, RuntimeError) as error:
-                    found[label] = {"failed": str(error).splitlines()[0]}
-                    continue
-                found[label] = {"forward_s": forward, "backward_s": both - forward}
-                if routed:
-                    speedup = fastest / both
-                    found[label] |= {
-                        "speedup_over_dense": speedup,
-                        "share_of_promise": speedup / promised_speedup(chunks, self.sizes.top_k),
-                    }
-                else:
-                    fastest = min(fastest, both)
-                    found[label]["forward_tflops"] = work / forward / 1e12
-                    found[label]["backward_tflops"] = 2.5 * work / (both - forward) / 1e12
+        chunk, chunks = model.chunk * model.tokens_per_frame(clip.height, clip.width), clip.frames // model.chunk
+        shape = (1, (2 * chunks - 1) * chunk, model.heads, model.head_dim)  # in memory as the linear layers write it
+        q, k, v, grad = (torch.randn(shape, device=self.device, dtype=self.dtype).transpose(1, 2) for _ in range(4))
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+        work, dense = 4.0 * model.dim * chunk**2 * chunks**2, dict[str, float]()
+        cases = [(kernel, Dense()) for kernel in self.kernels] + [("auto", Routed(self.sizes.top_k))]
+        for kernel, attention in cases:
+            layout = two_streams(chunk, chunks, attention, kernel)
+            run, routed = partial(two_stream_attention, q, k, v, layout), isinstance(attention, Routed)
+            try:
+                use_kernel(kernel)
+                with elementwise.compiled(True):
+                    forward = self.seconds(torch.no_grad()(run), rounds)
+                    both = self.seconds(partial(backward_of, run, grad), rounds)
+            except (ValueError, RuntimeError) as error:
+                found["routed" if routed else kernel] = {"failed": str(error).splitlines()[0]}
+                continue
+            figures = {"forward_s": forward, "backward_s": both - forward}
+            if routed:
+                found["routed"] = {**figures, "promised_speedup": promised_speedup(chunks, self.sizes.top_k)}
+                found["routed"] |= {f"speedup_over_{name}": seconds / both for name, seconds in dense.items()}
+            else:
+                dense[kernel] = both
+                rates = {
+                    "forward_tflops": work / forward / 1e12,
+                    "backward_tflops": 2.5 * work / figures["backward_s"] / 1e12,
+                }
+                found[kernel] = {**figures, **rates}
         return found
 
     def run_self_test(self) -> dict:

@@ -219,6 +219,10 @@ class Recipe:
             not self.evaluation.every or bool(self.data.evaluation),
             "evaluation.every is set, and data.evaluation is empty: it is the dataset of long held-out clips",
         )
+        require(
+            not (self.run.deterministic and self.model.attention_kernel == "cudnn"),
+            "run.deterministic=true: cuDNN's gradients differ from run to run; set model.attention_kernel=auto or fa2",
+        )
         heads, size = self.model.heads, self.run.sequence_parallel_size
         require(heads % size == 0, f"run.sequence_parallel_size={size} does not divide model.heads={heads}")
 

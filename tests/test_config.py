@@ -75,6 +75,11 @@ def test_what_is_wrong_is_said_in_one_line(recipe_file, override, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_kernel_that_never_repeats_its_bits_is_refused_where_they_must_repeat(recipe_file):
+    with pytest.raises(ValueError, match="set model.attention_kernel=auto or fa2"):
+        config.load(recipe_file, ["run.deterministic=true", "model.attention_kernel=cudnn"])
+
+
 @pytest.mark.parametrize("name", ["stages.0.q", "model.depth"])
 def test_a_name_that_is_near_nothing_gets_no_suggestion(recipe_file, name):
     with pytest.raises(ValueError) as caught:

@@ -186,10 +186,11 @@ class Engine:
 
     def _make_moments(self, flat: Tensor) -> None:
         """Makes the moments that AdamW would make at its first step, to load or save a state before that."""
-        state = self._inner.optimizer.optimizer.state
-        if "exp_avg" not in state[flat]:
+        adam = self._inner.optimizer.optimizer
+        if "exp_avg" not in adam.state[flat]:
             moments = {kind: torch.zeros_like(flat) for kind in ("exp_avg", "exp_avg_sq")}
-            state[flat] = {"step": torch.tensor(0.0), **moments}
+            steps_on = flat.device if adam.param_groups[0]["fused"] else torch.device("cpu")
+            adam.state[flat] = {"step": torch.tensor(0.0, device=steps_on), **moments}
 
     def _zero3_fragment(self, parameter: Any) -> Fragment:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
@@ -264,9 +265,13 @@ def build_engine(recipe: Recipe, ranks: Ranks) -> Engine:
         betas=(o.beta1, o.beta2),
         eps=o.eps,
         weight_decay=o.weight_decay,
-        fused=offloaded or None,
+        fused=offloaded or ranks.device.type == "cuda" or None,
     )
     inner, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    if zero["stage"] == 2:
+        # DeepSpeed looks at each parameter's gradient for values that aren't finite, in a dozen kernels each: 0.1 s per
+        # step on a GPU. The gradient's norm, which it computes next, shows them all, and is checked in the same way.
+        inner.optimizer.check_overflow = lambda partition_gradients=True: None
     return Engine(inner, ranks, recipe.run.sequence_parallel_size)
 
 

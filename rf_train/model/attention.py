@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rf_train.model.chunks import Attention, Chunk, Routed
-from rf_train.model.elementwise import merge_part
+from rf_train.model.elementwise import merge_windows
 from rf_train.model.kernels import Kernels, flash_kernels
 from rf_train.model.kv_cache import LayerKVCache, chunk_means, consecutive_slices
 from rf_train.model.routing import RoutedRows, RoutingPlan, routed_attention
@@ -194,13 +194,42 @@ def _plain_block(q: Tensor, k: Tensor, v: Tensor, block: QueryBlock, kernels: Ke
 # ---- all query blocks of a pass in few calls of the flash kernel
 
 
-def kernel_calls(blocks: list[QueryBlock]) -> tuple[tuple[slice, ...], list[tuple[slice, slice]]]:
+@dataclass(frozen=True)
+class Windows:
+    """Equal parts of a sequence at equal distances. They don't overlap."""
+
+    begin: int
+    length: int
+    step: int  # from the begin of a window to the begin of the next one
+    count: int
+
+    @classmethod
+    def alone(cls, piece: slice) -> "Windows":
+        return cls(piece.start, _length(piece), _length(piece), 1)
+
+    def of(self, x: Tensor) -> Tensor:
+        """x [B, H, L, ...] -> [B, count, H, length, ...], a view."""
+        end = self.begin + self.step * (self.count - 1) + self.length
+        return x[:, :, self.begin : end].unfold(2, self.length, self.step).movedim(-1, 3).transpose(1, 2)
+
+    def joined_with(self, piece: slice) -> "Windows | None":
+        """With one more window, if it stands where the next one must."""
+        step = piece.start - self.begin if self.count == 1 else self.step
+        fits = _length(piece) == self.length and piece.start == self.begin + step * self.count and step >= self.length
+        return Windows(self.begin, self.length, step, self.count + 1) if fits else None
+
+
+Rectangle = tuple[slice, slice]  # queries, and the keys that all of them read
+Call = tuple[Windows, Windows]  # a batch of rectangles: windows of the queries, windows of their keys
+
+
+def kernel_calls(blocks: list[QueryBlock]) -> tuple[tuple[slice, ...], list[Call]]:
     """Splits the query blocks into few, large kernel calls: (order of the queries, [(queries in that order, keys)]).
 
     History chunk i and noisy chunk i + 1 read the same history, chunks 0 .. i. Their queries are put next to each
-    other, as one row of the causal triangle. A triangle of rows splits into one rectangle (queries of the lower half of
-    the rows, keys of the upper half) and two triangles, one for each half. Each rectangle is one call. A noisy chunk
-    reads itself in a call of its own.
+    other, as one row of the causal triangle. A triangle of rows splits into one rectangle (queries of the lower rows,
+    keys of the upper ones) and two smaller triangles. At the end each row reads its newest chunk, and each noisy chunk
+    itself. Equal rectangles are one batch: a GPU's kernel is up to 1.4 times as fast on it.
     """
 
     def reads(block: QueryBlock) -> list[tuple[int, int]]:
@@ -209,35 +238,53 @@ def kernel_calls(blocks: list[QueryBlock]) -> tuple[tuple[slice, ...], list[tupl
     blocks = sorted(blocks, key=reads)
     order = tuple(block.queries for block in blocks)
     triangles: dict[int, dict[int, list[int]]] = {}  # first key -> last key -> queries [from, to]
-    calls: list[tuple[slice, slice]] = []
+    of_itself: list[Rectangle] = []
     for block, queries in zip(blocks, consecutive_slices([piece.stop - piece.start for piece in order])):
         for start, stop in reads(block):
             row = triangles.setdefault(start, {}).setdefault(stop, [queries.start, queries.stop])
             row[1] = queries.stop
         if block.noisy:
-            calls.append((queries, block.own))
+            of_itself.append((queries, block.own))
+    newest: list[Rectangle] = []
+    earlier: list[Rectangle] = []
     for start, triangle in triangles.items():
-        _split_triangle(start, [(stop, *queries) for stop, queries in triangle.items()], calls)
-    return order, calls
+        _split_triangle(start, [(stop, *queries) for stop, queries in triangle.items()], newest, earlier)
+    return order, [call for rectangles in (of_itself, newest, earlier) for call in _batched(rectangles)]
 
 
-def _split_triangle(start: int, rows: list[tuple[int, ...]], calls: list[tuple[slice, slice]]) -> None:
-    """Adds the calls of a triangle to `calls`.
+def _split_triangle(start: int, rows: list[tuple[int, ...]], newest: list[Rectangle], earlier: list[Rectangle]) -> None:
+    """Adds the rectangles of a triangle: to `newest` those of a single row.
 
-    `rows`: (end of the keys, begin and end of the queries), ascending; all keys begin at `start`.
+    `rows`: (end of the keys, begin and end of the queries), ascending; all keys begin at `start`. The upper part has a
+    power of two of them, so that many rectangles are equal.
     """
-    half = len(rows) // 2
-    corner = rows[max(half - 1, 0)][0]
-    calls.append((slice(rows[half][1], rows[-1][2]), slice(start, corner)))
-    if half:
-        _split_triangle(start, rows[:half], calls)
-        _split_triangle(corner, rows[half:], calls)
+    if len(rows) == 1:
+        [(stop, *queries)] = rows
+        newest.append((slice(*queries), slice(start, stop)))
+        return
+    upper = 1 << (len(rows) - 1).bit_length() - 1
+    corner = rows[upper - 1][0]
+    earlier.append((slice(rows[upper][1], rows[-1][2]), slice(start, corner)))
+    _split_triangle(start, rows[:upper], newest, earlier)
+    _split_triangle(corner, rows[upper:], newest, earlier)
+
+
+def _batched(rectangles: list[Rectangle]) -> list[Call]:
+    """Joins rectangles of the same size at equal distances."""
+    found: list[Call] = []
+    for queries, keys in sorted(rectangles, key=lambda one: (_length(one[0]), _length(one[1]), one[0].start)):
+        batch = [windows.joined_with(piece) for windows, piece in zip(found[-1], (queries, keys))] if found else [None]
+        if batch[0] and batch[-1]:
+            found[-1] = batch[0], batch[-1]
+        else:
+            found.append((Windows.alone(queries), Windows.alone(keys)))
+    return found
 
 
 def merged_attention(
-    q: Tensor, k: Tensor, v: Tensor, calls: list[tuple[slice, slice]], forward: Callable[..., Any]
+    q: Tensor, k: Tensor, v: Tensor, calls: list[Call], forward: Callable[..., Any]
 ) -> tuple[Tensor, Tensor, list[tuple]]:
-    """Runs the kernel on each pair of queries and keys, and merges the results per query by their log-sum-exps.
+    """Runs the kernel on each call's queries and keys, and merges the results per query by their log-sum-exps.
 
     Returns (output, log-sum-exps [B, H, L] in fp32, the rest that the backward of each call needs).
     """
@@ -245,8 +292,9 @@ def merged_attention(
     log_sums = q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
     rests = []
     for queries, keys in calls:
-        part, part_sums, rest = forward(q[:, :, queries], k[:, :, keys], v[:, :, keys])
-        merge_part(out[:, :, queries], log_sums[:, :, queries], part, part_sums)
+        part, part_sums, rest = forward(*(x.flatten(0, 1) for x in (queries.of(q), keys.of(k), keys.of(v))))
+        clips = (-1, queries.count)
+        merge_windows(queries.of(out), queries.of(log_sums), part.unflatten(0, clips), part_sums.unflatten(0, clips))
         rests.append(rest)
     return out.to(q.dtype), log_sums, rests
 
@@ -281,11 +329,12 @@ class TwoStreamAttention(torch.autograd.Function):
         grad = select_tokens(grads[0], ctx.order)
         grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
         for (queries, keys), rest in zip(ctx.calls, ctx.rests):
-            of_queries = [x[:, :, queries] for x in (grad, q, out, log_sums)]
-            part_grad, part_q, part_out, part_sums = of_queries
-            dq, dk, dv = ctx.backward_kernel(part_grad, part_q, k[:, :, keys], v[:, :, keys], part_out, part_sums, rest)
-            grad_q[:, :, queries] += dq
-            grad_k[:, :, keys] += dk
-            grad_v[:, :, keys] += dv
+            part_grad, part_q, part_out, part_sums = (queries.of(x).flatten(0, 1) for x in (grad, q, out, log_sums))
+            part_k, part_v = (keys.of(x).flatten(0, 1) for x in (k, v))
+            parts = ctx.backward_kernel(part_grad, part_q, part_k, part_v, part_out, part_sums, rest)
+            dq, dk, dv = (part.unflatten(0, (-1, queries.count)) for part in parts)
+            queries.of(grad_q).add_(dq)
+            keys.of(grad_k).add_(dk)
+            keys.of(grad_v).add_(dv)
         grad_q = restore_order(grad_q, ctx.order).to(q.dtype)
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None

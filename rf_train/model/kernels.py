@@ -29,15 +29,20 @@ def flash_kernels(q: Tensor, kernel: str = "auto") -> Kernels | None:
     if q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16, torch.float16):
         return _cpu_forward, _cpu_backward
     if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:
-        return CUDA_KERNELS[_best_on_cuda(q.device, q.shape[-1]) if kernel == "auto" else kernel]
+        repeatable = torch.are_deterministic_algorithms_enabled()
+        return CUDA_KERNELS[_best_on_cuda(q.device, q.shape[-1], repeatable) if kernel == "auto" else kernel]
     return None
 
 
 @lru_cache
-def _best_on_cuda(device: torch.device, head_dim: int) -> str:
-    """cuDNN's kernel is the faster one from Hopper on, for the head widths that it was made for."""
+def _best_on_cuda(device: torch.device, head_dim: int, repeatable: bool) -> str:
+    """cuDNN's kernel is the faster one from Hopper on, for the head widths that it was made for.
+
+    The gradients of its queries differ from run to run. FlashAttention-2 has a mode in which they don't.
+    """
     hopper = torch.cuda.get_device_capability(device) >= (9, 0)
-    return "cudnn" if hopper and head_dim in (64, 128) and torch.backends.cudnn.is_available() else "fa2"
+    fast = hopper and head_dim in (64, 128) and torch.backends.cudnn.is_available()
+    return "cudnn" if fast and not repeatable else "fa2"
 
 
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple]:
@@ -76,6 +81,9 @@ def _cudnn_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, rest: tuple
 ) -> tuple[Tensor, Tensor, Tensor]:
     cum_q, cum_k, max_q, max_k, seed, offset = rest
+    # PyTorch 2.11 keeps cuDNN's graphs by the layout of q, k and v alone. So the others must always have the same one:
+    # else a graph would read them with the strides of an earlier call.
+    grad, out = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (grad, out))
     log_sums = log_sums.contiguous()[..., None]
     backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
     return backward(grad, q, k, v, out, log_sums, seed, offset, None, cum_q, cum_k, max_q, max_k, 0.0, False)
@@ -116,6 +124,20 @@ class Segments(NamedTuple):
     begins: Tensor  # int32 [G x chunks + 1], ascending: where the queries of each sequence begin
     bounds: tuple[int, ...]  # the keys of each chunk, the same for each head
     longest: int  # no sequence has more queries: a query reads a chunk once
+    tiles: "Tiles | None" = None  # if the queries are laid out for `tiled`
+
+
+class Tiles(NamedTuple):
+    """Sequences cut into tiles of equal size, the last tile of each padded. Tiles at the end may be padding alone."""
+
+    size: int  # queries
+    segment: Tensor  # int64 [tiles]: the sequence of each tile, ascending
+    counts: Tensor  # int64 [G x chunks]: the tiles of each sequence
+
+    @staticmethod
+    def most(rows: int, sequences: int, size: int) -> int:
+        """The tiles that so many queries may fill, however they are spread over the sequences."""
+        return (rows + sequences * (size - 1)) // size
 
 
 # forward(q [T, D], k [G, L, D], v, segments) -> (out [T, D], log-sum-exps fp32 [T], the rest that backward needs)
@@ -130,6 +152,47 @@ def segment_kernels(q: Tensor) -> SegmentKernels | None:
     if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:
         return _varlen_forward, _varlen_backward
     return None
+
+
+def tiled(dense: Kernels) -> SegmentKernels:
+    """Segment kernels made of a dense one, for segments with `tiles`: each tile is a clip of a batch.
+
+    Each tile has a copy of its chunk's keys, so all chunks must have the same length. Padding must come with gradients
+    and log-sum-exps that give zero: in backward, log-sum-exps of infinity.
+    """
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor, tuple]:
+        out, log_sums, rest = dense[0](*_in_tiles(segments, (q,), (k, v)))
+        return out.flatten(0, 2), log_sums.flatten(), rest
+
+    def backward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, segments: Segments, rest: tuple
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad, q, out, log_sums, k, v = _in_tiles(segments, (grad, q, out, log_sums), (k, v))
+        dq, dk, dv = dense[1](grad, q, k, v, out, log_sums, rest)
+        return dq.flatten(0, 2), _over_tiles(dk, segments), _over_tiles(dv, segments)
+
+    return forward, backward
+
+
+def _in_tiles(segments: Segments, of_queries: tuple[Tensor, ...], of_keys: tuple[Tensor, ...]) -> list[Tensor]:
+    """[T, ...] -> [tiles, 1, queries of a tile, ...]; [G, L, D] -> [tiles, 1, keys of its chunk, D]."""
+    assert segments.tiles is not None
+    size, segment, _ = segments.tiles
+    chunks = len(segments.bounds) - 1
+    found = [x.unflatten(0, (-1, 1, size)) for x in of_queries]
+    for x in of_keys:  # contiguous first: it is copied at the rate of memory, and its copies too
+        by_chunk = x.contiguous().view(len(x) * chunks, -1)
+        found.append(by_chunk.index_select(0, segment).view(len(segment), 1, -1, x.shape[-1]))
+    return found
+
+
+def _over_tiles(x: Tensor, segments: Segments) -> Tensor:
+    """Sums over the tiles of each chunk, in fp32 and in a fixed order: [tiles, 1, keys, D] -> [G, L, D]."""
+    assert segments.tiles is not None
+    rows, counts = x.flatten(1).float(), segments.tiles.counts
+    sums = torch.segment_reduce(rows, "sum", lengths=counts, axis=0, unsafe=True, initial=0)
+    return sums.view(-1, segments.bounds[-1] - segments.bounds[0], x.shape[-1])
 
 
 def _each(segments: Segments, heads: int) -> Iterator[tuple[int, slice, slice]]:

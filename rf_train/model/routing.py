@@ -21,11 +21,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rf_train.model.chunks import Routed
-from rf_train.model.kernels import Kernels, SegmentKernels, Segments, flash_kernels, segment_kernels
+from rf_train.model.elementwise import add_slots, merge_slots
+from rf_train.model.kernels import (
+    CUDA_KERNELS,
+    Kernels,
+    SegmentKernels,
+    Segments,
+    Tiles,
+    flash_kernels,
+    segment_kernels,
+    tiled,
+)
 
 SMALL_PAIRS = 2**19  # queries x keys of a head, up to which a CPU is faster with a mask than with many small calls
 GRID = 65535  # sequences in one call of a GPU's variable-length kernel
-GATHERED_BYTES = {"cpu": 24 * 2**20, "cuda": 2**30}  # of the rows that are gathered at once
+GATHERED_BYTES = {"cpu": 24 * 2**20, "cuda": 2**31}  # of the rows that are gathered at once
+TILE = {"cpu": 0, "cuda": 3072}  # queries in a tile; 0: no tiles. cuDNN's kernel is 1.6 times as fast on them
 
 observers: list[Callable[[Tensor, "RoutingPlan"], None]] = []  # called with the choices of every routed attention
 
@@ -147,13 +158,21 @@ def routed_attention(
 # ---- the fast path
 
 
-RoutingKernels = tuple[Kernels, SegmentKernels]  # for the own chunk, and for the chosen ones
+class RoutingKernels(NamedTuple):
+    """The kernels for the own chunk, and for the chosen ones."""
+
+    dense: Kernels
+    segmented: SegmentKernels
+    tile: int  # where the dense kernel is the faster one for the chosen chunks, too: see `Tiles`; else 0
 
 
 def routing_kernels(q: Tensor, kernel: str = "auto") -> RoutingKernels | None:
     """The device's kernels; None if they can't take q's device, dtype or head width."""
-    dense, segments = flash_kernels(q, kernel), segment_kernels(q)
-    return (dense, segments) if dense and segments else None
+    dense, segmented = flash_kernels(q, kernel), segment_kernels(q)
+    if not dense or not segmented:
+        return None
+    faster = q.device.type == "cpu" or dense is CUDA_KERNELS["cudnn"]
+    return RoutingKernels(dense, segmented, TILE[q.device.type] if faster else 0)
 
 
 class Gather(NamedTuple):
@@ -162,10 +181,14 @@ class Gather(NamedTuple):
     source: Tensor  # int64 [T]: the query of each row, in [0, G R)
     place: Tensor  # int64 [G R, n]: the rows of each query, one per slot
     segments: Segments
+    padding: Tensor | None = None  # bool [T]: the rows that stand for no query
 
     @classmethod
-    def of(cls, slots: Tensor, plan: RoutingPlan) -> "Gather":
-        """slots [G, R, n + 1]: see `choose_slots`. The last one, the own chunk, is left out."""
+    def of(cls, slots: Tensor, plan: RoutingPlan, tile: int = 0) -> "Gather":
+        """slots [G, R, n + 1]: see `choose_slots`. The last one, the own chunk, is left out.
+
+        `tile`: queries in a tile, where tiles are the faster way: see `tiles_in`.
+        """
         heads, queries, slots_and_own = slots.shape
         chunks, count = len(plan.gathered) - 1, slots_and_own - 1
         key = slots[..., :-1].long() + chunks * torch.arange(heads, device=slots.device)[:, None, None]
@@ -174,7 +197,30 @@ class Gather(NamedTuple):
         place[order] = torch.arange(len(order), device=order.device)
         every = torch.arange(heads * chunks + 1, device=slots.device)
         begins = torch.searchsorted(ordered, every, out_int32=True)
-        return cls(order // count, place.view(-1, count), Segments(begins, plan.gathered, queries))
+        tiles = tiles_in(len(order), heads, plan.gathered, tile)
+        if not tiles:
+            return cls(order // count, place.view(-1, count), Segments(begins, plan.gathered, queries))
+        per_segment = (begins.diff() + tile - 1) // tile
+        ends = per_segment.cumsum(0)
+        row = torch.arange(len(order), device=order.device) + ((ends - per_segment) * tile - begins[:-1])[ordered]
+        place[order] = row
+        source, padding = order.new_zeros(tiles * tile), torch.ones(tiles * tile, dtype=torch.bool, device=order.device)
+        source[row], padding[row] = order // count, False
+        number = torch.arange(tiles, device=order.device)
+        segment = torch.searchsorted(ends, number, right=True).clamp_(max=len(ends) - 1)
+        segments = Segments(begins, plan.gathered, queries, Tiles(tile, segment, per_segment))
+        return cls(source, place.view(-1, count), segments, padding)
+
+
+def tiles_in(rows: int, heads: int, bounds: tuple[int, ...], tile: int) -> int:
+    """The number of tiles for so many gathered rows; 0 where tiles would be no faster, or impossible.
+
+    The chunks must have the same length. And their padding, half a tile for each head and chunk, must be little.
+    """
+    lengths, sequences = {end - begin for begin, end in pairwise(bounds)}, heads * (len(bounds) - 1)
+    if not tile or len(lengths) > 1 or rows < 2 * tile * sequences:
+        return 0
+    return Tiles.most(rows, sequences, tile)
 
 
 def bytes_per_query(slots: int, width: int, itemsize: int) -> int:
@@ -218,7 +264,7 @@ class RoutedAttention(torch.autograd.Function):
         if stash and "routing" in stash:
             out, log_sums, rests = stash.pop("routing")
         else:
-            (dense, _), (segmented, _) = kernels
+            (dense, _), (segmented, _), tile = kernels
             rests, keys = [], slice(0, plan.gathered[-1])
             out, log_sums = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
             for run in plan.own_runs():
@@ -228,16 +274,14 @@ class RoutedAttention(torch.autograd.Function):
             for clip, heads, parts_of_queries in pieces(q, plan):
                 for queries in parts_of_queries:
                     at = clip, heads, queries
-                    gather = Gather.of(slots[at], plan)
+                    gather = Gather.of(slots[at], plan, tile)
                     rows = q[at].flatten(0, 1).index_select(0, gather.source)
-                    parts, sums, rest = segmented(rows, k[clip, heads, keys], v[clip, heads, keys], gather.segments)
+                    of_segments = tiled(kernels.dense)[0] if gather.segments.tiles else segmented
+                    parts, sums, rest = of_segments(rows, k[clip, heads, keys], v[clip, heads, keys], gather.segments)
                     rests.append(rest)
-                    sums, own_sums = sums[gather.place], log_sums[at].flatten()  # (G R, n), (G R)
-                    total = torch.logaddexp(sums.logsumexp(dim=1), own_sums)
-                    merged = _weighted_sum(parts, gather.place, (sums - total[:, None]).exp())
-                    merged += out[at].flatten(0, 1).float() * (own_sums - total).exp()[:, None]
-                    out[at] = merged.view_as(out[at]).to(q.dtype)
-                    log_sums[at] = total.view_as(log_sums[at])
+                    own = out[at].flatten(0, 1), log_sums[at].flatten()
+                    merged, total = merge_slots(parts, gather.place, sums, *own)
+                    out[at], log_sums[at] = merged.view_as(out[at]), total.view_as(log_sums[at])
             if stash is not None:
                 # Detached: `out` will hold the graph, and the graph holds the stash.
                 stash["routing"] = out.detach(), log_sums, rests
@@ -249,7 +293,7 @@ class RoutedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, log_sums, slots = ctx.saved_tensors
         plan, grad, rests, keys = ctx.plan, grads[0], iter(ctx.rests), slice(0, ctx.plan.gathered[-1])
-        (_, dense), (_, segmented) = ctx.kernels
+        (_, dense), (_, segmented), tile = ctx.kernels
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for run in plan.own_runs():
             of_queries = [run.of_queries(x) for x in (grad, q, out, log_sums)]
@@ -261,26 +305,17 @@ class RoutedAttention(torch.autograd.Function):
             sum_dk, sum_dv = own_dk.float(), own_dv.float()  # fp32 needs no copies
             for queries in parts_of_queries:
                 at = clip, heads, queries
-                gather = Gather.of(slots[at], plan)
+                gather = Gather.of(slots[at], plan, tile)
                 each = (x[at].flatten(0, 1) for x in (grad, q, out, log_sums))
                 part_grad, *rows, sums = (x.index_select(0, gather.source) for x in each)
+                if gather.padding is not None:
+                    sums.masked_fill_(gather.padding, float("inf"))  # so that it has no weight
                 given = part_grad, rows[0], k[of_keys], v[of_keys], rows[1], sums, gather.segments, next(rests)
-                parts, part_dk, part_dv = segmented(*given)
-                dq[at] += _weighted_sum(parts, gather.place, None).view_as(dq[at])
+                of_segments = tiled(ctx.kernels.dense)[1] if gather.segments.tiles else segmented
+                parts, part_dk, part_dv = of_segments(*given)
+                dq[at] = add_slots(dq[at].flatten(0, 1), parts, gather.place).view_as(dq[at])
                 sum_dk += part_dk
                 sum_dv += part_dv
             own_dk.copy_(sum_dk)
             own_dv.copy_(sum_dv)
         return dq, dk, dv, None, None, None, None
-
-
-def _weighted_sum(parts: Tensor, place: Tensor, weights: Tensor | None) -> Tensor:
-    """sum_j weights[:, j] parts[place[:, j]] in fp32: parts [T, D], place and weights [rows, n] -> [rows, D]."""
-    total = None
-    for slot in range(place.shape[1]):
-        part = parts.index_select(0, place[:, slot]).float()
-        if weights is not None:
-            part *= weights[:, slot, None]
-        total = part if total is None else total.add_(part)
-    assert total is not None
-    return total

@@ -4,6 +4,7 @@ It is counted from what the code keeps; nothing is fitted. In formulas, D is mod
 or activation.
 """
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from functools import cache
@@ -13,7 +14,7 @@ import torch
 from rf_train.diffusion.randomness import LOSS_DRAWS
 from rf_train.model.chunks import ModelPass, Routed, Window
 from rf_train.model.kv_cache import kv_cache_bytes
-from rf_train.model.routing import bytes_per_query, piece_size
+from rf_train.model.routing import TILE, bytes_per_query, piece_size, tiles_in
 from rf_train.planning.costs import StageCase, query_counts
 
 ROOM = 0.10  # of a GPU's memory, left to the CUDA context, NCCL and the allocator's fragments
@@ -177,7 +178,13 @@ def routing_working_bytes(case: StageCase, model_pass: ModelPass) -> int:
     heads = model.heads // case.sequence_ranks
     size = piece_size(heads, queries, len(case.chunk_sizes), one, case.cluster.device)
     sums = 0 if case.value_bytes == 4 else 8 * model.head_dim * size[0] * case.tokens_per_frame * case.clip.frames
-    return one * math.prod(size) + sums
+    rows, tile = slots * math.prod(size), TILE[case.cluster.device]
+    bounds = (0, *itertools.accumulate(case.chunk_sizes[:-1]))
+    if tiles := tiles_in(rows, size[0], bounds, tile):
+        # padding; and of each tile its keys and values, their gradients, one of them in fp32
+        rows, keys = tiles * tile, tiles * model.chunking.largest * case.tokens_per_frame
+        sums += keys * model.head_dim * (4 * case.value_bytes + 4)
+    return one * rows // slots + sums
 
 
 def block_saved(case: StageCase, last: bool) -> dict[str, int]:
@@ -349,8 +356,8 @@ def rollout_working_bytes(case: StageCase) -> int:
     largest = max(case.rollout_passes, key=lambda model_pass: model_pass.frames)
     tokens = case.tokens(largest.frames)
     # cached: x, y, q, k, v, output; fp32 copy and product of the rotation
-    # else: y, q, k, v, q in the order of the kernel calls, output; its fp32 sum; half of a call's result twice
-    attention = 6 * a + 8.0 if largest.cache is not None else 6 * a + 4 + (a + 4) / 2
+    # else: y, q, k, v, q in the order of the kernel calls, output; its fp32 sum; a call's result twice
+    attention = 6 * a + 8 if largest.cache is not None else 6 * a + 4 + (a + 4)
     ffn = 3 * a + 2 * a * model.ffn_dim / model.dim  # x, y, result; hidden layer before and after GELU
     return int(tokens * model.dim * max(attention, ffn)) + routing_working_bytes(case, largest)
 
@@ -358,8 +365,8 @@ def rollout_working_bytes(case: StageCase) -> int:
 def step_working_bytes(case: StageCase) -> int:
     """The optimizer step: the flattened gradients of a sub-group, and AdamW's temporaries.
 
-    There is one temporary of the same size on a GPU (foreach), and two on a CPU. If the end of backward needs more, it
-    counts instead: the last bucket is copied to be reduced. gloo copies it again, because its reduce-scatter is an
+    There is none on a GPU (fused), and two of the same size on a CPU. If the end of backward needs more, it counts
+    instead: the last bucket is copied to be reduced. gloo copies it again, because its reduce-scatter is an
     all-reduce of a copy. Under ZeRO-2 the bucket and the new gradients are there, too, besides the sum.
     """
     zero, elements = case.zero, 0 if case.zero.offload_optimizer else case.parameters_per_rank
@@ -369,4 +376,4 @@ def step_working_bytes(case: StageCase) -> int:
         reducing += bucket_bytes(case) + 4 * elements * (2 if case.micro_steps > 1 else 1)
     else:
         elements = min(elements, zero.sub_group)
-    return max(4 * elements * (2 if case.cluster.device == "cuda" else 3), reducing)
+    return max(4 * elements * (1 if case.cluster.device == "cuda" else 3), reducing)

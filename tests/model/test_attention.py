@@ -84,15 +84,16 @@ def test_with_noisy_queries_only_the_output_is_that_of_the_noisy_tokens(device, 
 
 @pytest.mark.parametrize("attention", UNROUTED, ids=kind_and_sink)
 def test_every_visible_pair_of_tokens_is_computed_once_in_few_kernel_calls(attention):
-    """Dense attention takes as many calls as the triangle has rows and rectangles."""
+    """Dense attention computes as many rectangles as the triangle has rows and rectangles."""
     history, noisy = chunks_of([1] * 20), chunks_of([1] * 21)
     layout = PassLayout(history, noisy, attention)
     computed, calls = torch.zeros(41, 41, dtype=torch.int), []
 
     def kernel(q, k, v):
         """Reads the positions of its tokens from their values."""
-        calls.append(1)
-        computed[q.flatten().long()[:, None], k.flatten().long()[None]] += 1
+        calls.append(len(q))
+        for queries, keys in zip(q.flatten(1).long(), k.flatten(1).long()):
+            computed[queries[:, None], keys] += 1
         return v.new_zeros(q.shape), v.new_zeros(q.shape[:3]), ()
 
     own_keys = [slice(i, i + 1) for i in range(41)]
@@ -105,6 +106,6 @@ def test_every_visible_pair_of_tokens_is_computed_once_in_few_kernel_calls(atten
     visible = masked_attention(zeros, zeros, identity, layout)[0, 0] > 0
     assert torch.equal(computed.bool(), visible) and computed.max() == 1
     if attention.kind == "dense":
-        assert len(calls) == 60
+        assert sum(calls) == 60 and len(calls) <= 12  # those of one size in a batch
     else:
-        assert len(calls) <= 21 + 2 * 41
+        assert sum(calls) <= 21 + 2 * 41

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
-from rf_train.model import elementwise
+from rf_train.model import elementwise, routing
 from rf_train.model.chunks import Dense, Routed
 from rf_train.model.elementwise import compiled, graphs_compiled
 from rf_train.model.self_test import self_test
@@ -32,8 +32,11 @@ def results(model, frames: int, attention) -> list[torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", ["none", "selective"])
-def test_compiled_equals_eager_and_nothing_is_compiled_later(tiny_model, device, dtype, allowed, checkpointing):
+def test_compiled_equals_eager_and_nothing_is_compiled_later(
+    monkeypatch, tiny_model, device, dtype, allowed, checkpointing
+):
     """The difference is at most `allowed` of the norm of each result."""
+    monkeypatch.setattr(routing, "SMALL_PAIRS", 0)  # else a CPU would route under a mask
     model, cases = tiny_model(device, checkpointing=checkpointing).to(dtype), [(9, Dense()), (12, Routed(top_k=1))]
     expected = [results(model, *case) for case in cases]
     with compiled(True):
@@ -47,7 +50,8 @@ def test_compiled_equals_eager_and_nothing_is_compiled_later(tiny_model, device,
 
 
 @pytest.mark.slow
-def test_a_compiled_model_passes_the_self_test(tiny_model, device):
+def test_a_compiled_model_passes_the_self_test(monkeypatch, tiny_model, device):
+    monkeypatch.setattr(routing, "SMALL_PAIRS", 0)
     with compiled(True):
         assert self_test(tiny_model(device), 4, [Dense(), Routed(top_k=2)]) < 1
 

@@ -94,7 +94,7 @@ def assert_equal(found: list[Tensor], expected: list[Tensor], tolerance: float) 
 
 @pytest.mark.parametrize("seed", range(220))
 def test_the_fast_path_equals_the_reference(device, monkeypatch, seed):
-    """Random chunks (a short first one, a partial last one), heads, batch, k, windows and sinks; in random pieces."""
+    """Random chunks (a short first one, a partial last one), heads, k, windows, sinks; random pieces and tiles."""
     choice = random.Random(seed)
     torch.manual_seed(seed)
     size, count = choice.randint(1, 6), choice.randint(1, 9)
@@ -102,8 +102,9 @@ def test_the_fast_path_equals_the_reference(device, monkeypatch, seed):
     sizes[-1] = choice.randint(1, sizes[-1])
     attention = Routed(choice.randint(1, 4), choice.choice([0, 0, 1, 2]), choice.choice([0, 0, 1]))
     layout = layout_of(sizes, attention, choice.random() < 0.3)
-    q, k, v = random_qkv(layout, choice.randint(1, 2), choice.randint(1, 4), choice.choice([8, 16]), device)
+    q, k, v = random_qkv(layout, choice.randint(1, 2), choice.randint(1, 4), choice.choice([8, 16, 64]), device)
     monkeypatch.setitem(routing.GATHERED_BYTES, device.type, choice.choice([1, 3000, 20011, 10**9]))
+    monkeypatch.setitem(routing.TILE, device.type, choice.choice([0, 1, 2, 3]))
     weight = random_like(q)
     found = with_gradients(two_stream_attention(q, k, v, layout), (q, k, v), weight)
     assert_equal(found, with_gradients(expected_attention(q, k, v, layout), (q, k, v), weight), precision(device))
@@ -111,9 +112,15 @@ def test_the_fast_path_equals_the_reference(device, monkeypatch, seed):
 
 @pytest.mark.parametrize("top_k, window, sink", [(1, 0, 0), (2, 0, 0), (2, 1, 0), (3, 1, 1)])
 @pytest.mark.parametrize("width", [16, 64, 128])
-def test_the_fast_path_equals_the_mask_with_the_same_choices(device, top_k, window, sink, width):
-    """Queries of three chunks, in the dtype of the device's kernels; chunks of unequal length, longer than a tile."""
-    lengths = [40, 200, 200, 200, 200, 200, 200, 130]
+@pytest.mark.parametrize("first, tile", [(40, 0), (200, 0), (200, 24)])
+def test_the_fast_path_equals_the_mask_with_the_same_choices(
+    device, monkeypatch, top_k, window, sink, width, first, tile
+):
+    """Queries of three chunks, in the dtype of the device's kernels. With tiles chunks must have the same length."""
+    monkeypatch.setitem(routing.TILE, device.type, tile)
+    used = []
+    monkeypatch.setattr(routing, "tiled", lambda dense, tiled=routing.tiled: (used.append(1), tiled(dense))[1])
+    lengths = [first, 200, 200, 200, 200, 200, 200, 130]
     bounds = tuple(sum(lengths[:n]) for n in range(len(lengths) + 1))
     rows = tuple(RoutedRows(lengths[own], own, own) for own in (5, 6, 7))
     plan, stream = RoutingPlan(rows, bounds, Routed(top_k, window, sink)), torch.Generator().manual_seed(0)
@@ -125,6 +132,7 @@ def test_the_fast_path_equals_the_mask_with_the_same_choices(device, top_k, wind
     expected = masked_routing(*(x.double() for x in inputs), plan, slots)
     found, wanted = (with_gradients(result, inputs, weight) for result in (out, expected))
     assert_equal(found, wanted, precision(device))
+    assert bool(used) == bool(tile and (device.type == "cpu" or width in (64, 128)))
 
 
 def test_the_fast_path_really_runs(monkeypatch, device):
@@ -322,6 +330,29 @@ def test_the_dense_kernels_of_a_gpu_give_log_sums_per_query(kernel):
     whole = torch.empty(2, 3, 9, device="meta")
     grads = backward(out, q[:, :, :4], k, v, out, whole[:, :, :4], rest)
     assert [grad.shape for grad in grads] == [(2, 3, 4, 64), (2, 3, 9, 64), (2, 3, 9, 64)]
+
+
+def test_the_layout_that_cudnns_backward_sees_depends_on_its_shape_alone(monkeypatch):
+    """PyTorch 2.11 reads gradients and outputs with the strides of the first call with q, k and v laid out alike."""
+    q, k, v = (torch.empty(2, 9, 3, 64, dtype=torch.bfloat16, device="meta").transpose(1, 2) for _ in range(3))
+    forward, backward = kernels.CUDA_KERNELS["cudnn"]
+    out, log_sums, rest = forward(q, k, v)
+    seen = []
+    monkeypatch.setattr(
+        torch.ops.aten,
+        "_scaled_dot_product_cudnn_attention_backward",
+        lambda grad, q, k, v, out, *_: (seen.append((grad.stride(), out.stride())), (q, k, v))[1],
+    )
+    for grad in (out, torch.empty_like(out).contiguous(), torch.empty(2, 3, 20, 64, device="meta")[:, :, 4:13]):
+        backward(grad, q, k, v, grad.clone(), log_sums, rest)
+    assert set(seen) == {(q.stride(), q.stride())}
+
+
+@pytest.mark.parametrize("repeatable, kernel", [(False, "cudnn"), (True, "fa2")])
+def test_kernels_that_must_repeat_their_bits_are_not_cudnns(monkeypatch, repeatable, kernel):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    assert kernels._best_on_cuda.__wrapped__(torch.device("cuda"), 128, repeatable) == kernel
 
 
 def test_selective_recomputation_takes_choice_and_result_from_the_stash_and_holds_no_graph(monkeypatch, device):

@@ -104,8 +104,9 @@ def routing_keeps_one_too_few(monkeypatch):
 
 
 def routed_parts_are_merged_without_their_weights(monkeypatch):
-    weighted = routing._weighted_sum
-    monkeypatch.setattr(routing, "_weighted_sum", lambda parts, place, _: weighted(parts, place, None))
+    merge = routing.merge_slots
+    same = lambda parts, place, sums, *own: merge(parts, place, torch.zeros_like(sums), *own)
+    monkeypatch.setattr(routing, "merge_slots", same)
 
 
 @pytest.mark.parametrize(
