@@ -132,7 +132,7 @@ class Tiles(NamedTuple):
 
     size: int  # queries
     segment: Tensor  # int64 [tiles]: the sequence of each tile, ascending
-    counts: Tensor  # int64 [G x chunks]: the tiles of each sequence
+    counts: Tensor  # int32 [G x chunks]: the tiles of each sequence
 
     @staticmethod
     def most(rows: int, sequences: int, size: int) -> int:

@@ -5,9 +5,10 @@
 
 `masked_routing` is the plain reference. `RoutedAttention` does only the selected work. A query's own chunk is dense
 attention. The chosen chunks go key chunk by key chunk: it gathers, for each head and key chunk, the queries that read
-it, and runs one kernel call over all these sequences of unequal length. Each query's parts are merged by their
-log-sum-exps. Sizes: B batch, H heads, R queries, L keys, D head width,
-n slots of a query: the chunks that it reads.
+it, and runs one kernel call over all these sequences of unequal length. On a GPU whose dense kernel is faster than its
+kernel for such sequences, they are cut into tiles of equal size, which are a batch. Each query's parts are merged by
+their log-sum-exps. Sizes: B batch, H heads, R queries, L keys, D head width, n slots of a query: the chunks that it
+reads.
 """
 
 import math
