@@ -21,7 +21,7 @@ from data_prep.encode_settings import EncodeSettings
 from data_prep.files import write_json
 from data_prep.verify import verify
 from data_prep.video import Problem
-from tests.data_prep.test_encode import content, failures, run, samples
+from tests.data_prep.encoded import content, failures, run, samples
 from tests.data_prep.test_video import write
 
 

@@ -24,7 +24,7 @@ from data_prep.verify import verify
 from data_prep.video import VideoError, picture_size
 from rf_train.config import from_dict
 from rf_train.data.mixture import MixedDataset
-from tests.data_prep.test_encode import failures, samples
+from tests.data_prep.encoded import failures, samples
 from tests.data_prep.test_tars import pack
 from tests.data_prep.test_video import write, write_sound
 

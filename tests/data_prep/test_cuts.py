@@ -13,7 +13,7 @@ from data_prep.decoder import Decoders
 from data_prep.decoder_worker import Span
 from data_prep.draw import DrawSettings, draw
 from data_prep.video import read_frames, write_video
-from tests.data_prep.test_encode import content, samples
+from tests.data_prep.encoded import content, samples
 
 SIZE = (64, 96)
 

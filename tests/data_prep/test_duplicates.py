@@ -7,7 +7,7 @@ import pytest
 
 from data_prep import survey
 from data_prep.card import read_card
-from tests.data_prep.test_encode import content, failures, run, samples
+from tests.data_prep.encoded import content, failures, run, samples
 from tests.data_prep.test_tars import pack
 from tests.data_prep.test_video import write
 

@@ -15,7 +15,7 @@ from data_prep import places
 from data_prep.rows import fingerprints
 from data_prep.sources import list_source
 from data_prep.survey import hashes
-from tests.data_prep.test_encode import content, failures, run, samples
+from tests.data_prep.encoded import content, failures, run, samples
 from tests.data_prep.test_tars import pack
 from tests.data_prep.test_video import write
 from tests.servers import needs_aiohttp, served

@@ -14,7 +14,7 @@ from data_prep.rows import fingerprints
 from data_prep.sources import list_source
 from data_prep.tars import Region, tar_members
 from data_prep.video import VideoError, read_frames
-from tests.data_prep.test_encode import failures, run, samples
+from tests.data_prep.encoded import failures, run, samples
 from tests.data_prep.test_video import write
 
 
