@@ -22,6 +22,7 @@ from rf_train.model.elementwise import merge_windows
 from rf_train.model.kernels import Kernels, flash_kernels
 from rf_train.model.kv_cache import LayerKVCache, chunk_means, consecutive_slices
 from rf_train.model.routing import RoutedRows, RoutingPlan, routed_attention
+from rf_train.model.windows import Call, Rectangle, batches, length
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def two_stream_attention(
     if not routed:
         return _dense(q, k, v, blocks, layout.kernel, together, stash)
     if kv_cache is None:
-        means = chunk_means(k[:, :, :new_tokens], [_length(piece) for piece in chunk_slices])
+        means = chunk_means(k[:, :, :new_tokens], [length(piece) for piece in chunk_slices])
     else:
         means = kv_cache.means()
     assert isinstance(layout.attention, Routed)
@@ -107,7 +108,7 @@ def two_stream_attention(
     of_dense, of_routed = (join_neighbours([block.queries for block in part]) for part in (dense, routed))
     found = [routed_attention(select_tokens(q, of_routed), k, v, means, plan, stash, layout.kernel)]
     if dense:
-        places = consecutive_slices([_length(block.queries) for block in dense])
+        places = consecutive_slices([length(block.queries) for block in dense])
         moved = [replace(block, queries=place) for block, place in zip(dense, places)]
         found.append(_dense(select_tokens(q, of_dense), k, v, moved, layout.kernel, together, stash))
     return restore_order(torch.cat(found, dim=2), (*of_routed, *of_dense))
@@ -124,12 +125,8 @@ def _split_by_choice(blocks: list[QueryBlock], attention: Attention) -> tuple[li
 def routing_plan(blocks: list[QueryBlock], bounds: tuple[int, ...], attention: Routed) -> RoutingPlan:
     """The plan of the query blocks that choose. `bounds`: where each key chunk begins, and where the last one ends."""
     number = {begin: chunk for chunk, begin in enumerate(bounds)}
-    rows = [RoutedRows(_length(block.queries), len(block.chunks), number[block.own.start]) for block in blocks]
+    rows = [RoutedRows(length(block.queries), len(block.chunks), number[block.own.start]) for block in blocks]
     return RoutingPlan(tuple(rows), bounds, attention)
-
-
-def _length(piece: slice) -> int:
-    return piece.stop - piece.start
 
 
 def _dense(
@@ -194,42 +191,13 @@ def _plain_block(q: Tensor, k: Tensor, v: Tensor, block: QueryBlock, kernels: Ke
 # ---- all query blocks of a pass in few calls of the flash kernel
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Equal parts of a sequence at equal distances. They don't overlap."""
-
-    begin: int
-    length: int
-    step: int  # from the begin of a window to the begin of the next one
-    count: int
-
-    @classmethod
-    def alone(cls, piece: slice) -> "Windows":
-        return cls(piece.start, _length(piece), _length(piece), 1)
-
-    def of(self, x: Tensor) -> Tensor:
-        """x [B, H, L, ...] -> [B, count, H, length, ...], a view."""
-        end = self.begin + self.step * (self.count - 1) + self.length
-        return x[:, :, self.begin : end].unfold(2, self.length, self.step).movedim(-1, 3).transpose(1, 2)
-
-    def joined_with(self, piece: slice) -> "Windows | None":
-        """With one more window, if it stands where the next one must."""
-        step = piece.start - self.begin if self.count == 1 else self.step
-        fits = _length(piece) == self.length and piece.start == self.begin + step * self.count and step >= self.length
-        return Windows(self.begin, self.length, step, self.count + 1) if fits else None
-
-
-Rectangle = tuple[slice, slice]  # queries, and the keys that all of them read
-Call = tuple[Windows, Windows]  # a batch of rectangles: windows of the queries, windows of their keys
-
-
 def kernel_calls(blocks: list[QueryBlock]) -> tuple[tuple[slice, ...], list[Call]]:
     """Splits the query blocks into few, large kernel calls: (order of the queries, [(queries in that order, keys)]).
 
     History chunk i and noisy chunk i + 1 read the same history, chunks 0 .. i. Their queries are put next to each
     other, as one row of the causal triangle. A triangle of rows splits into one rectangle (queries of the lower rows,
     keys of the upper ones) and two smaller triangles. At the end each row reads its newest chunk, and each noisy chunk
-    itself. Equal rectangles are one batch: a GPU's kernel is up to 1.4 times as fast on it.
+    itself. Equal rectangles are one batch.
     """
 
     def reads(block: QueryBlock) -> list[tuple[int, int]]:
@@ -249,7 +217,7 @@ def kernel_calls(blocks: list[QueryBlock]) -> tuple[tuple[slice, ...], list[Call
     earlier: list[Rectangle] = []
     for start, triangle in triangles.items():
         _split_triangle(start, [(stop, *queries) for stop, queries in triangle.items()], newest, earlier)
-    return order, [call for rectangles in (of_itself, newest, earlier) for call in _batched(rectangles)]
+    return order, [call for rectangles in (of_itself, newest, earlier) for call in batches(rectangles)]
 
 
 def _split_triangle(start: int, rows: list[tuple[int, ...]], newest: list[Rectangle], earlier: list[Rectangle]) -> None:
@@ -269,18 +237,6 @@ def _split_triangle(start: int, rows: list[tuple[int, ...]], newest: list[Rectan
     _split_triangle(corner, rows[upper:], newest, earlier)
 
 
-def _batched(rectangles: list[Rectangle]) -> list[Call]:
-    """Joins rectangles of the same size at equal distances."""
-    found: list[Call] = []
-    for queries, keys in sorted(rectangles, key=lambda one: (_length(one[0]), _length(one[1]), one[0].start)):
-        batch = [windows.joined_with(piece) for windows, piece in zip(found[-1], (queries, keys))] if found else [None]
-        if batch[0] and batch[-1]:
-            found[-1] = batch[0], batch[-1]
-        else:
-            found.append((Windows.alone(queries), Windows.alone(keys)))
-    return found
-
-
 def merged_attention(
     q: Tensor, k: Tensor, v: Tensor, calls: list[Call], forward: Callable[..., Any]
 ) -> tuple[Tensor, Tensor, list[tuple]]:
@@ -292,9 +248,8 @@ def merged_attention(
     log_sums = q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
     rests = []
     for queries, keys in calls:
-        part, part_sums, rest = forward(*(x.flatten(0, 1) for x in (queries.of(q), keys.of(k), keys.of(v))))
-        clips = (-1, queries.count)
-        merge_windows(queries.of(out), queries.of(log_sums), part.unflatten(0, clips), part_sums.unflatten(0, clips))
+        part, part_sums, rest = forward(queries.batch(q), keys.batch(k), keys.batch(v))
+        merge_windows(queries.of(out), queries.of(log_sums), queries.by_clip(part), queries.by_clip(part_sums))
         rests.append(rest)
     return out.to(q.dtype), log_sums, rests
 
@@ -329,10 +284,9 @@ class TwoStreamAttention(torch.autograd.Function):
         grad = select_tokens(grads[0], ctx.order)
         grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
         for (queries, keys), rest in zip(ctx.calls, ctx.rests):
-            part_grad, part_q, part_out, part_sums = (queries.of(x).flatten(0, 1) for x in (grad, q, out, log_sums))
-            part_k, part_v = (keys.of(x).flatten(0, 1) for x in (k, v))
-            parts = ctx.backward_kernel(part_grad, part_q, part_k, part_v, part_out, part_sums, rest)
-            dq, dk, dv = (part.unflatten(0, (-1, queries.count)) for part in parts)
+            part_grad, part_q, part_out, part_sums = (queries.batch(x) for x in (grad, q, out, log_sums))
+            given = part_grad, part_q, keys.batch(k), keys.batch(v), part_out, part_sums, rest
+            dq, dk, dv = (queries.by_clip(part) for part in ctx.backward_kernel(*given))
             queries.of(grad_q).add_(dq)
             keys.of(grad_k).add_(dk)
             keys.of(grad_v).add_(dv)

@@ -133,6 +133,16 @@ class Tiles(NamedTuple):
     size: int  # queries
     segment: Tensor  # int64 [tiles]: the sequence of each tile, ascending
     counts: Tensor  # int32 [G x chunks]: the tiles of each sequence
+    first: Tensor  # int64 [G x chunks]: the first of them
+
+    @classmethod
+    def of(cls, begins: Tensor, size: int, tiles: int) -> "Tiles":
+        """`begins`: those of `Segments`. `tiles`: how many to make, at least as many as `most` says."""
+        counts = (begins.diff() + size - 1) // size
+        ends = counts.cumsum(0)
+        number = torch.arange(tiles, device=begins.device)
+        segment = torch.searchsorted(ends, number, right=True).clamp_(max=len(ends) - 1)
+        return cls(size, segment, counts, ends - counts)
 
     @staticmethod
     def most(rows: int, sequences: int, size: int) -> int:
@@ -178,7 +188,7 @@ def tiled(dense: Kernels) -> SegmentKernels:
 def _in_tiles(segments: Segments, of_queries: tuple[Tensor, ...], of_keys: tuple[Tensor, ...]) -> list[Tensor]:
     """[T, ...] -> [tiles, 1, queries of a tile, ...]; [G, L, D] -> [tiles, 1, keys of its chunk, D]."""
     assert segments.tiles is not None
-    size, segment, _ = segments.tiles
+    size, segment = segments.tiles.size, segments.tiles.segment
     chunks = len(segments.bounds) - 1
     found = [x.unflatten(0, (-1, 1, size)) for x in of_queries]
     for x in of_keys:  # contiguous first: it is copied at the rate of memory, and its copies too

@@ -33,6 +33,8 @@ from rf_train.model.kernels import (
     segment_kernels,
     tiled,
 )
+from rf_train.model.kv_cache import consecutive_slices
+from rf_train.model.windows import Call, batches
 
 SMALL_PAIRS = 2**19  # queries x keys of a head, up to which a CPU is faster with a mask than with many small calls
 GRID = 65535  # sequences in one call of a GPU's variable-length kernel
@@ -64,45 +66,10 @@ class RoutingPlan:
         """The bounds of the key chunks that are chosen from: those before some query's own chunk."""
         return self.bounds[: max(rows.earlier for rows in self.rows) + 1]
 
-    def own_runs(self) -> list["OwnRun"]:
-        """Each query's own chunk, in as few runs as possible."""
-        runs: list[OwnRun] = []
-        begin = 0
-        for rows in self.rows:
-            queries, keys = slice(begin, begin + rows.queries), slice(*self.bounds[rows.own : rows.own + 2])
-            begin = queries.stop
-            if runs and runs[-1].goes_on_with(queries, keys):
-                last = runs.pop()
-                queries, keys = slice(last.queries.start, queries.stop), slice(last.keys.start, keys.stop)
-                runs.append(OwnRun(queries, keys, last.chunks + 1))
-            else:
-                runs.append(OwnRun(queries, keys, 1))
-        return runs
-
-
-@dataclass(frozen=True)
-class OwnRun:
-    """Chunks of equal length whose queries stand next to each other, and so do their keys: one batched call."""
-
-    queries: slice
-    keys: slice
-    chunks: int
-
-    def goes_on_with(self, queries: slice, keys: slice) -> bool:
-        length = (self.queries.stop - self.queries.start) // self.chunks
-        return queries.stop - queries.start == length and self.keys.stop == keys.start
-
-    def of_queries(self, x: Tensor) -> Tensor:
-        """x [B, H, R, ...] -> [B chunks, H, tokens, ...]."""
-        return x[:, :, self.queries].unflatten(2, (self.chunks, -1)).transpose(1, 2).flatten(0, 1)
-
-    def of_keys(self, x: Tensor) -> Tensor:
-        """x [B, H, L, D] -> [B chunks, H, tokens, D]."""
-        return x[:, :, self.keys].unflatten(2, (self.chunks, -1)).transpose(1, 2).flatten(0, 1)
-
-    def back(self, x: Tensor) -> Tensor:
-        """[B chunks, H, tokens, ...] -> [B, H, tokens of the run, ...]."""
-        return x.unflatten(0, (-1, self.chunks)).transpose(1, 2).flatten(2, 3)
+    def own_calls(self) -> list[Call]:
+        """The queries of each chunk and its own keys, in batches."""
+        queries = consecutive_slices([rows.queries for rows in self.rows])
+        return batches(zip(queries, (slice(*self.bounds[rows.own : rows.own + 2]) for rows in self.rows)))
 
 
 @torch.no_grad()
@@ -166,6 +133,10 @@ class RoutingKernels(NamedTuple):
     segmented: SegmentKernels
     tile: int  # where the dense kernel is the faster one for the chosen chunks, too: see `Tiles`; else 0
 
+    def of(self, segments: Segments) -> SegmentKernels:
+        """Those for the chosen chunks, as their queries are laid out."""
+        return tiled(self.dense) if segments.tiles else self.segmented
+
 
 def routing_kernels(q: Tensor, kernel: str = "auto") -> RoutingKernels | None:
     """The device's kernels; None if they can't take q's device, dtype or head width."""
@@ -177,9 +148,9 @@ def routing_kernels(q: Tensor, kernel: str = "auto") -> RoutingKernels | None:
 
 
 class Gather(NamedTuple):
-    """How the rows of a piece are gathered, key chunk by key chunk: G heads, R queries. T = G R n rows."""
+    """How the rows of a piece are gathered, key chunk by key chunk: G heads, R queries. T = G R n rows, and padding."""
 
-    source: Tensor  # int64 [T]: the query of each row, in [0, G R)
+    source: Tensor  # int64 [T]: the query of each row, in [0, G R); 0 for padding
     place: Tensor  # int64 [G R, n]: the rows of each query, one per slot
     segments: Segments
     padding: Tensor | None = None  # bool [T]: the rows that stand for no query
@@ -194,23 +165,18 @@ class Gather(NamedTuple):
         chunks, count = len(plan.gathered) - 1, slots_and_own - 1
         key = slots[..., :-1].long() + chunks * torch.arange(heads, device=slots.device)[:, None, None]
         ordered, order = key.flatten().sort(stable=True)
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device)
         every = torch.arange(heads * chunks + 1, device=slots.device)
         begins = torch.searchsorted(ordered, every, out_int32=True)
-        tiles = tiles_in(len(order), heads, plan.gathered, tile)
-        if not tiles:
-            return cls(order // count, place.view(-1, count), Segments(begins, plan.gathered, queries))
-        per_segment = (begins.diff() + tile - 1) // tile
-        ends = per_segment.cumsum(0)
-        row = torch.arange(len(order), device=order.device) + ((ends - per_segment) * tile - begins[:-1])[ordered]
+        row, source, padding, cut = torch.arange(len(order), device=order.device), order // count, None, None
+        if tiles := tiles_in(len(order), heads, plan.gathered, tile):
+            cut = Tiles.of(begins, tile, tiles)
+            row += (cut.first * tile - begins[:-1])[ordered]
+            padding = torch.ones(tiles * tile, dtype=torch.bool, device=row.device)
+            padding[row] = False
+            source = order.new_zeros(tiles * tile).index_copy_(0, row, source)
+        place = torch.empty_like(order)
         place[order] = row
-        source, padding = order.new_zeros(tiles * tile), torch.ones(tiles * tile, dtype=torch.bool, device=order.device)
-        source[row], padding[row] = order // count, False
-        number = torch.arange(tiles, device=order.device)
-        segment = torch.searchsorted(ends, number, right=True).clamp_(max=len(ends) - 1)
-        segments = Segments(begins, plan.gathered, queries, Tiles(tile, segment, per_segment))
-        return cls(source, place.view(-1, count), segments, padding)
+        return cls(source, place.view(-1, count), Segments(begins, plan.gathered, queries, cut), padding)
 
 
 def tiles_in(rows: int, heads: int, bounds: tuple[int, ...], tile: int) -> int:
@@ -265,20 +231,21 @@ class RoutedAttention(torch.autograd.Function):
         if stash and "routing" in stash:
             out, log_sums, rests = stash.pop("routing")
         else:
-            (dense, _), (segmented, _), tile = kernels
-            rests, keys = [], slice(0, plan.gathered[-1])
+            rests, of_gathered = [], slice(0, plan.gathered[-1])
             out, log_sums = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-            for run in plan.own_runs():
-                part, sums, rest = dense(run.of_queries(q), run.of_keys(k), run.of_keys(v))
-                out[:, :, run.queries], log_sums[:, :, run.queries] = run.back(part), run.back(sums)
+            for queries, keys in plan.own_calls():
+                part, sums, rest = kernels.dense[0](queries.batch(q), keys.batch(k), keys.batch(v))
+                queries.of(out).copy_(queries.by_clip(part))
+                queries.of(log_sums).copy_(queries.by_clip(sums))
                 rests.append(rest)
             for clip, heads, parts_of_queries in pieces(q, plan):
-                for queries in parts_of_queries:
-                    at = clip, heads, queries
-                    gather = Gather.of(slots[at], plan, tile)
+                of_keys = clip, heads, of_gathered
+                for piece in parts_of_queries:
+                    at = clip, heads, piece
+                    gather = Gather.of(slots[at], plan, kernels.tile)
                     rows = q[at].flatten(0, 1).index_select(0, gather.source)
-                    of_segments = tiled(kernels.dense)[0] if gather.segments.tiles else segmented
-                    parts, sums, rest = of_segments(rows, k[clip, heads, keys], v[clip, heads, keys], gather.segments)
+                    forward, _ = kernels.of(gather.segments)
+                    parts, sums, rest = forward(rows, k[of_keys], v[of_keys], gather.segments)
                     rests.append(rest)
                     own = out[at].flatten(0, 1), log_sums[at].flatten()
                     merged, total = merge_slots(parts, gather.place, sums, *own)
@@ -293,27 +260,27 @@ class RoutedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, log_sums, slots = ctx.saved_tensors
-        plan, grad, rests, keys = ctx.plan, grads[0], iter(ctx.rests), slice(0, ctx.plan.gathered[-1])
-        (_, dense), (_, segmented), tile = ctx.kernels
+        plan, kernels, grad, rests = ctx.plan, ctx.kernels, grads[0], iter(ctx.rests)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for run in plan.own_runs():
-            of_queries = [run.of_queries(x) for x in (grad, q, out, log_sums)]
-            parts = dense(of_queries[0], of_queries[1], run.of_keys(k), run.of_keys(v), *of_queries[2:], next(rests))
-            dq[:, :, run.queries], dk[:, :, run.keys], dv[:, :, run.keys] = map(run.back, parts)
+        for queries, keys in plan.own_calls():
+            of_queries = [queries.batch(x) for x in (grad, q, out, log_sums)]
+            parts = kernels.dense[1](*of_queries[:2], keys.batch(k), keys.batch(v), *of_queries[2:], next(rests))
+            for windows, whole, part in zip((queries, keys, keys), (dq, dk, dv), parts):
+                windows.of(whole).copy_(windows.by_clip(part))
         for clip, heads, parts_of_queries in pieces(q, plan):
-            of_keys = clip, heads, keys
+            of_keys = clip, heads, slice(0, plan.gathered[-1])
             own_dk, own_dv = dk[of_keys], dv[of_keys]
             sum_dk, sum_dv = own_dk.float(), own_dv.float()  # fp32 needs no copies
-            for queries in parts_of_queries:
-                at = clip, heads, queries
-                gather = Gather.of(slots[at], plan, tile)
+            for piece in parts_of_queries:
+                at = clip, heads, piece
+                gather = Gather.of(slots[at], plan, kernels.tile)
                 each = (x[at].flatten(0, 1) for x in (grad, q, out, log_sums))
                 part_grad, *rows, sums = (x.index_select(0, gather.source) for x in each)
                 if gather.padding is not None:
                     sums.masked_fill_(gather.padding, float("inf"))  # so that it has no weight
                 given = part_grad, rows[0], k[of_keys], v[of_keys], rows[1], sums, gather.segments, next(rests)
-                of_segments = tiled(ctx.kernels.dense)[1] if gather.segments.tiles else segmented
-                parts, part_dk, part_dv = of_segments(*given)
+                _, backward = kernels.of(gather.segments)
+                parts, part_dk, part_dv = backward(*given)
                 dq[at] = add_slots(dq[at].flatten(0, 1), parts, gather.place).view_as(dq[at])
                 sum_dk += part_dk
                 sum_dv += part_dv

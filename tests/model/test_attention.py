@@ -84,7 +84,7 @@ def test_with_noisy_queries_only_the_output_is_that_of_the_noisy_tokens(device, 
 
 @pytest.mark.parametrize("attention", UNROUTED, ids=kind_and_sink)
 def test_every_visible_pair_of_tokens_is_computed_once_in_few_kernel_calls(attention):
-    """Dense attention computes as many rectangles as the triangle has rows and rectangles."""
+    """Each pair is in one rectangle, and equal rectangles are one call."""
     history, noisy = chunks_of([1] * 20), chunks_of([1] * 21)
     layout = PassLayout(history, noisy, attention)
     computed, calls = torch.zeros(41, 41, dtype=torch.int), []
