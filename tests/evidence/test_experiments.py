@@ -134,10 +134,11 @@ def test_a_record_stays_of_its_plan_when_a_new_setting_has_its_default(plan):
 
 
 def test_the_committed_results_are_those_of_the_shipped_experiments(tmp_path, monkeypatch):
-    """Clips of the demo's size are there: the steps of equal compute follow from it."""
+    """Clips of the data's sizes are there: the steps of equal compute follow from them."""
     monkeypatch.chdir(tmp_path)
     model = config.load(config.recipe_path("demo")).model
-    write_dataset(Path("data/demo/train"), count=1, frames=15, settings=model, height=4, width=4)
+    for folder, frames in (("train", 15), ("train_long", 30)):
+        write_dataset(Path("data/demo") / folder, count=1, frames=frames, settings=model, height=4, width=4)
     shipped = Plan(SHIPPED, Path("runs/evidence"))
     for name, seeds in read_records(FILE.parent / "results.json").items():
         for seed, record in seeds.items():
