@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
+from threading import RLock
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from rf_train.model.rope import rotate
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _state = {"compiled": False}
+_one_at_a_time = RLock()  # the compiler doesn't promise to serve several threads: see `in_threads`
 # Of one function: with and without gradient, first, last and partial chunks, batch sizes. Further ones run uncompiled,
 # and PyTorch logs a warning.
 VARIANTS = 64
@@ -101,14 +103,15 @@ def _call_compiled(function: Callable[..., Any], arguments: tuple) -> Any:
     """
     from torch._dynamo.exc import BackendCompilerFailed
 
-    try:
-        return _compile(function)(*arguments)
-    except BackendCompilerFailed:
-        pass
-    try:
-        return _compile(function)(*arguments)
-    except BackendCompilerFailed as error:
-        raise ValueError(_what_failed(error)) from None
+    with _one_at_a_time:
+        try:
+            return _compile(function)(*arguments)
+        except BackendCompilerFailed:
+            pass
+        try:
+            return _compile(function)(*arguments)
+        except BackendCompilerFailed as error:
+            raise ValueError(_what_failed(error)) from None
 
 
 def layer_norm(x: Tensor, eps: float) -> Tensor:

@@ -34,12 +34,13 @@ from rf_train.model.kernels import (
     tiled,
 )
 from rf_train.model.kv_cache import consecutive_slices
+from rf_train.model.threads import in_threads
 from rf_train.model.windows import Call, batches
 
 SMALL_PAIRS = 2**19  # queries x keys of a head, up to which a CPU is faster with a mask than with many small calls
 GRID = 65535  # sequences in one call of a GPU's variable-length kernel
-GATHERED_BYTES = {"cpu": 24 * 2**20, "cuda": 2**31}  # of the rows that are gathered at once
-TILE = {"cpu": 0, "cuda": 3072}  # queries in a tile; 0: no tiles. cuDNN's kernel is 1.6 times as fast on them
+GATHERED_BYTES = {"cpu": 2**24, "cuda": 2**31}  # of the rows that are gathered at once; on a CPU by each thread
+TILE = {"cpu": 2**24, "cuda": 3072}  # queries in a tile; 0: no tiles. cuDNN's kernel is 1.6 times as fast on them
 
 observers: list[Callable[[Tensor, "RoutingPlan"], None]] = []  # called with the choices of every routed attention
 
@@ -231,15 +232,16 @@ class RoutedAttention(torch.autograd.Function):
         if stash and "routing" in stash:
             out, log_sums, rests = stash.pop("routing")
         else:
-            rests, of_gathered = [], slice(0, plan.gathered[-1])
             out, log_sums = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+            own_rests = []
             for queries, keys in plan.own_calls():
                 part, sums, rest = kernels.dense[0](queries.batch(q), keys.batch(k), keys.batch(v))
                 queries.of(out).copy_(queries.by_clip(part))
                 queries.of(log_sums).copy_(queries.by_clip(sums))
-                rests.append(rest)
-            for clip, heads, parts_of_queries in pieces(q, plan):
-                of_keys = clip, heads, of_gathered
+                own_rests.append(rest)
+
+            def add_chosen(clip: int, heads: slice, parts_of_queries: list[slice]) -> list[tuple]:
+                rests, of_keys = [], (clip, heads, slice(0, plan.gathered[-1]))
                 for piece in parts_of_queries:
                     at = clip, heads, piece
                     gather = Gather.of(slots[at], plan, kernels.tile)
@@ -250,6 +252,9 @@ class RoutedAttention(torch.autograd.Function):
                     own = out[at].flatten(0, 1), log_sums[at].flatten()
                     merged, total = merge_slots(parts, gather.place, sums, *own)
                     out[at], log_sums[at] = merged.view_as(out[at]), total.view_as(log_sums[at])
+                return rests
+
+            rests = own_rests, in_threads(add_chosen, pieces(q, plan), q.device)
             if stash is not None:
                 # Detached: `out` will hold the graph, and the graph holds the stash.
                 stash["routing"] = out.detach(), log_sums, rests
@@ -260,25 +265,26 @@ class RoutedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, log_sums, slots = ctx.saved_tensors
-        plan, kernels, grad, rests = ctx.plan, ctx.kernels, grads[0], iter(ctx.rests)
+        plan, kernels, grad, (own_rests, rests_of_groups) = ctx.plan, ctx.kernels, grads[0], ctx.rests
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for queries, keys in plan.own_calls():
+        for (queries, keys), rest in zip(plan.own_calls(), own_rests):
             of_queries = [queries.batch(x) for x in (grad, q, out, log_sums)]
-            parts = kernels.dense[1](*of_queries[:2], keys.batch(k), keys.batch(v), *of_queries[2:], next(rests))
+            parts = kernels.dense[1](*of_queries[:2], keys.batch(k), keys.batch(v), *of_queries[2:], rest)
             for windows, whole, part in zip((queries, keys, keys), (dq, dk, dv), parts):
                 windows.of(whole).copy_(windows.by_clip(part))
-        for clip, heads, parts_of_queries in pieces(q, plan):
+
+        def add_chosen(rests: list[tuple], clip: int, heads: slice, parts_of_queries: list[slice]) -> None:
             of_keys = clip, heads, slice(0, plan.gathered[-1])
             own_dk, own_dv = dk[of_keys], dv[of_keys]
             sum_dk, sum_dv = own_dk.float(), own_dv.float()  # fp32 needs no copies
-            for piece in parts_of_queries:
+            for piece, rest in zip(parts_of_queries, rests):
                 at = clip, heads, piece
                 gather = Gather.of(slots[at], plan, kernels.tile)
                 each = (x[at].flatten(0, 1) for x in (grad, q, out, log_sums))
                 part_grad, *rows, sums = (x.index_select(0, gather.source) for x in each)
                 if gather.padding is not None:
                     sums.masked_fill_(gather.padding, float("inf"))  # so that it has no weight
-                given = part_grad, rows[0], k[of_keys], v[of_keys], rows[1], sums, gather.segments, next(rests)
+                given = part_grad, rows[0], k[of_keys], v[of_keys], rows[1], sums, gather.segments, rest
                 _, backward = kernels.of(gather.segments)
                 parts, part_dk, part_dv = backward(*given)
                 dq[at] = add_slots(dq[at].flatten(0, 1), parts, gather.place).view_as(dq[at])
@@ -286,4 +292,7 @@ class RoutedAttention(torch.autograd.Function):
                 sum_dv += part_dv
             own_dk.copy_(sum_dk)
             own_dv.copy_(sum_dv)
+
+        groups = [(rests, *group) for rests, group in zip(rests_of_groups, pieces(q, plan))]
+        in_threads(add_chosen, groups, q.device)
         return dq, dk, dv, None, None, None, None

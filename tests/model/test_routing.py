@@ -230,7 +230,9 @@ def test_ties_are_broken_alike_and_a_chunk_is_read_once(device):
     assert_equal(found, with_gradients(masked_routing(q, k, v, plan, slots), (q, k, v), weight), precision(device))
 
 
-def test_equal_inputs_give_equal_bits(device):
+@pytest.mark.parametrize("groups", [1, 10**9], ids=["query by query", "all heads"])
+def test_equal_inputs_give_equal_bits(monkeypatch, device, groups):
+    monkeypatch.setitem(routing.GATHERED_BYTES, device.type, groups)
     layout = layout_of([4] * 8, Routed(top_k=2))
     results = []
     for _ in range(2):

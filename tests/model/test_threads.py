@@ -1,0 +1,52 @@
+"""Independent parts on a CPU: each in a thread of its own, in which PyTorch computes alone."""
+
+from threading import Thread, get_ident
+
+import pytest
+import torch
+
+from rf_train.model.threads import in_threads
+
+CPU = torch.device("cpu")
+
+
+def test_each_part_has_one_thread_and_the_others_keep_all():
+    before = torch.get_num_threads()
+    assert before > 1  # see conftest.py
+    found = in_threads(lambda part: (part, torch.get_num_threads(), get_ident()), [(n,) for n in range(20)], CPU)
+    assert [part for part, _, _ in found] == list(range(20))
+    assert {threads for _, threads, _ in found} == {1}
+    assert get_ident() not in {thread for _, _, thread in found}
+    assert torch.get_num_threads() == before
+    later: list[int] = []
+    thread = Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert later == [before]
+
+
+@pytest.mark.parametrize("parts, device", [(1, CPU), (20, torch.device("meta"))])
+def test_too_few_parts_and_other_devices_stay_in_this_thread(parts, device):
+    found = in_threads(lambda _: (torch.get_num_threads(), get_ident()), [(n,) for n in range(parts)], device)
+    assert found == [(torch.get_num_threads(), get_ident())] * parts
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_parts_have_no_gradients(parts):
+    weight = torch.ones(2, requires_grad=True)
+    assert not any(x.requires_grad for x in in_threads(lambda n: weight * n, [(n,) for n in range(parts)], CPU))
+    assert (weight * 2).requires_grad
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_parts_may_write_into_what_inference_mode_made(parts):
+    with torch.inference_mode():
+        out = torch.zeros(parts)
+        in_threads(lambda n: out[n].fill_(n), [(n,) for n in range(parts)], CPU)
+    assert out.tolist() == list(range(parts))
+
+
+def test_an_error_of_a_part_is_raised_and_the_threads_go_on():
+    with pytest.raises(ZeroDivisionError):
+        in_threads(lambda n: 1 // (n - 3), [(n,) for n in range(8)], CPU)
+    assert in_threads(lambda n: n, [(n,) for n in range(8)], CPU) == list(range(8))
