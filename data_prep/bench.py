@@ -18,7 +18,7 @@ import numpy as np
 
 from data_prep.batching import Tally, batch_that_fits
 from data_prep.codecs import Codec, open_codec
-from data_prep.command import run_command
+from data_prep.command import Help, run_command
 from data_prep.draw import DrawSettings, draw
 from data_prep.encode import default_workers
 from data_prep.encode_parts import encode_parts
@@ -83,16 +83,18 @@ def random_vae(folder: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="data_prep.bench", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="data_prep.bench", formatter_class=Help, description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--codec", help="wan:FOLDER or default:DATASET (default: a small random Wan VAE)")
-    parser.add_argument("--size", default="64x64")
+    parser.add_argument("--size", default="64x64", help="HEIGHTxWIDTH in pixels")
     parser.add_argument("--frames", type=int, default=17, help="frames per clip")
-    parser.add_argument("--videos", type=int, default=4)
+    parser.add_argument("--videos", type=int, default=4, help="videos that are encoded")
     parser.add_argument("--clips", type=int, default=4, help="clips per video")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="times that each is measured")
     parser.add_argument("--batch", type=int, help="clips encoded at once (default: what fits on a GPU; 1 on a CPU)")
-    parser.add_argument("--workers", type=int, default=default_workers())
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--workers", type=int, default=default_workers(), help="processes that encode")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the codec computes")
     options = parser.parse_args(arguments)
     for name in ("videos", "clips", "rounds"):
         if getattr(options, name) < 1:

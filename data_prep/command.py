@@ -1,5 +1,6 @@
-"""How every command ends: its exit code, and one line for whatever went wrong."""
+"""What all commands share: help with defaults, their exit codes, and one line for whatever went wrong."""
 
+import argparse
 import os
 import signal
 import sys
@@ -9,6 +10,16 @@ from collections.abc import Callable
 UNFORESEEN, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
 GO_ON = 75  # exit code of what was stopped in time: the same command goes on
 GOES_ON = "the same command goes on where it stopped"
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that ends with an option's default, where it has one and does not speak of it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_none = action.default in (None, "") or isinstance(action.default, bool | list)
+        if has_none or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Terminated(KeyboardInterrupt):

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.command import GOES_ON, require_finite, run_command
+from data_prep.command import GOES_ON, Help, require_finite, run_command
 from data_prep.files import begin_folder, write_atomic
 from data_prep.geometry import parse_size
 from data_prep.video import write_video
@@ -204,18 +204,20 @@ def parse_range(text: str) -> tuple[int, int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="data_prep.draw", description="Draws the demo's world as videos.")
+    parser = argparse.ArgumentParser(
+        prog="data_prep.draw", formatter_class=Help, description="Draws the demo's world as videos."
+    )
     parser.add_argument("out", help="folder to write")
-    parser.add_argument("--videos", type=int, default=64)
+    parser.add_argument("--videos", type=int, default=64, help="how many videos")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, default=5.0625, help="length of each, rounded to whole frames")
     length.add_argument("--frames", type=int, help="length of each in frames")
-    parser.add_argument("--size", default="64x64", help="HEIGHTxWIDTH, even (default 64x64)")
-    parser.add_argument("--fps", type=float, default=16)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--shapes", default="2-3", help="fewest and most shapes in a video (default 2-3)")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="kinds of shapes (default: %(default)s)")
-    parser.add_argument("--colours", default=",".join(PALETTE), help="their colours (default: %(default)s)")
+    parser.add_argument("--size", default="64x64", help="HEIGHTxWIDTH, even")
+    parser.add_argument("--fps", type=float, default=16, help="frames per second")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other videos")
+    parser.add_argument("--shapes", default="2-3", help="fewest and most shapes in a video")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="kinds of shapes")
+    parser.add_argument("--colours", default=",".join(PALETTE), help="their colours")
     options = parser.parse_args(arguments)
     return run_command(lambda: draw_as_asked(options), GOES_ON)
 

@@ -29,7 +29,7 @@ from data_prep.batching import Tally, batch_that_fits
 from data_prep.buckets import mixture, parse_buckets, size_name
 from data_prep.card import CARD, read_card
 from data_prep.codecs import Codec, open_codec
-from data_prep.command import GOES_ON, counted, run_command
+from data_prep.command import GOES_ON, Help, counted, run_command
 from data_prep.cuts import THRESHOLD
 from data_prep.default_codec import CODEC_FILE, DefaultCodec
 from data_prep.encode_parts import NoClip, encode_parts, finish
@@ -235,16 +235,16 @@ def encode_work(
 
 def main(arguments: list[str] | None = None) -> int:
     description = "Makes a dataset of latents and text embeddings from videos."
-    parser = argparse.ArgumentParser(prog="data_prep.encode", description=description)
+    parser = argparse.ArgumentParser(prog="data_prep.encode", formatter_class=Help, description=description)
     parser.add_argument(
         "src", help="folder of videos with .txt captions, manifest (.jsonl, .csv, .parquet), or .tar files"
     )
     parser.add_argument("out", help="folder to write the dataset to")
-    parser.add_argument("--fps", type=float, default=16, help="frames per second of all clips (default 16)")
-    parser.add_argument("--size", help="HEIGHTxWIDTH, multiples of 16, or 32 for Wan 2.2 (default 480x832)")
+    parser.add_argument("--fps", type=float, default=16, help="frames per second of all clips")
+    parser.add_argument("--size", help="HEIGHTxWIDTH, multiples of 16, or 32 for Wan 2.2 (default: 480x832)")
     parser.add_argument("--buckets", metavar="SIZE,SIZE,...", help="a dataset for each size; each video goes to one")
     parser.add_argument("--drop-duplicates", action="store_true", help="of videos with the same bytes keep the first")
-    parser.add_argument("--frames", type=int, default=81, help="frames per clip, 1 + 4k (default 81)")
+    parser.add_argument("--frames", type=int, default=81, help="frames per clip, 1 + 4k")
     parser.add_argument("--stride", type=int, default=0, help="a clip begins every so many frames (default: --frames)")
     parser.add_argument(
         "--cuts",
@@ -253,18 +253,16 @@ def main(arguments: list[str] | None = None) -> int:
         const=THRESHOLD,
         default=0.0,
         metavar="THRESHOLD",
-        help=f"no clip goes over a scene cut: a change of at least THRESHOLD of 255 (default {THRESHOLD:g})",
+        help=f"no clip goes over a scene cut: a change of at least THRESHOLD of 255 (default: {THRESHOLD:g})",
     )
     parser.add_argument("--codec", default="default", help="default, default:FOLDER or wan:FOLDER")
     parser.add_argument("--text", default="default", help="default or umt5:FOLDER")
-    parser.add_argument("--samples-per-shard", type=int, default=256, help="at most (default 256)")
-    parser.add_argument("--videos-per-part", type=int, default=64, help="consecutive videos that one job makes (64)")
-    parser.add_argument("--job", default="0/1", metavar="I/N", help="make part I, I + N, ... only (default 0/1: all)")
-    parser.add_argument(
-        "--workers", type=int, default=default_workers(), help="processes that decode (default %(default)s)"
-    )
+    parser.add_argument("--samples-per-shard", type=int, default=256, help="at most")
+    parser.add_argument("--videos-per-part", type=int, default=64, help="consecutive videos that one job makes")
+    parser.add_argument("--job", default="0/1", metavar="I/N", help="make part I, I + N, ... only (default: 0/1, all)")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="processes that decode")
     parser.add_argument("--batch", type=int, help="clips encoded at once (default: what fits on a GPU; 1 on a CPU)")
-    parser.add_argument("--max-failures", type=float, default=1.0, help="share of the job's videos (default 1)")
+    parser.add_argument("--max-failures", type=float, default=1.0, help="share of the job's videos")
     parser.add_argument("--retry", action="store_true", help="try again what failed")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the Wan VAE")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="for wan and umt5")

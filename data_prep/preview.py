@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data_prep.card import check_sample, read_card
 from data_prep.codecs import Codec, dataset_codec
-from data_prep.command import one_line, printable, run_command
+from data_prep.command import Help, one_line, printable, run_command
 from data_prep.files import write_atomic
 from data_prep.index import SampleIndex
 from data_prep.pages import html_page
@@ -206,11 +206,11 @@ def figure(clip: Preview) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     description = "A page of decoded clips, to look at a dataset before training on it. The dataset is only read."
-    parser = argparse.ArgumentParser(prog="data_prep.preview", description=description)
+    parser = argparse.ArgumentParser(prog="data_prep.preview", formatter_class=Help, description=description)
     parser.add_argument("dataset")
     parser.add_argument("--out", metavar="FOLDER", help="folder for page and videos (default: NAME-preview, here)")
-    parser.add_argument("--clips", type=int, default=24, help="how many (default 24), spread over the dataset")
-    parser.add_argument("--seed", type=int, default=0, help="chooses which (default 0)")
+    parser.add_argument("--clips", type=int, default=24, help="how many, spread over the dataset")
+    parser.add_argument("--seed", type=int, default=0, help="chooses which")
     parser.add_argument("--first", action="store_true", help="the first ones instead")
     parser.add_argument("--source", metavar="VIDEOS", help="what was encoded: shows the originals beside")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="for the codec wan")

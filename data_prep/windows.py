@@ -12,13 +12,12 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.command import GOES_ON, counted, one_line, require_finite, run_command
+from data_prep.command import GOES_ON, Help, counted, one_line, require_finite, run_command
 from data_prep.cuts import THRESHOLD, mark_cuts
 from data_prep.files import begin_folder, write_atomic
 from data_prep.geometry import parse_size
@@ -200,19 +199,21 @@ def counts(settings: WindowSettings) -> dict[str, int]:
 
 def main(arguments: list[str] | None = None) -> int:
     usual = WindowSettings()
-    parser = argparse.ArgumentParser(prog="data_prep.windows", description="Cuts small windows out of real videos.")
-    add = partial(parser.add_argument, help="default %(default)s")
-    parser.add_argument("source", metavar="VIDEOS", help="a video, a folder of videos or a manifest")
-    parser.add_argument("out", help="folder to write")
-    add("--size", default="32x32", help="HEIGHTxWIDTH of a window, even (default 32x32)")
-    add("--share", type=float, default=usual.share, help="its side over the picture's (default %(default)s)")
-    add("--fps", type=float, default=usual.fps)
-    add("--frames", type=int, default=usual.frames)
-    add("--clips", type=int, default=usual.clips)
-    add("--held-out-frames", type=int, default=usual.held_out_frames)
-    add("--held-out-clips", type=int, default=usual.held_out_clips)
-    add("--held-out", type=float, default=usual.held_out, help="share of each video, at its end (default %(default)s)")
-    add("--seed", type=int, default=usual.seed)
+    parser = argparse.ArgumentParser(
+        prog="data_prep.windows", formatter_class=Help, description="Cuts small windows out of real videos."
+    )
+    add = parser.add_argument
+    add("source", metavar="VIDEOS", help="a video, a folder of videos or a manifest")
+    add("out", help="folder to write")
+    add("--size", default="32x32", help="HEIGHTxWIDTH of a window, even")
+    add("--share", type=float, default=usual.share, help="its side over the picture's")
+    add("--fps", type=float, default=usual.fps, help="frames per second")
+    add("--frames", type=int, default=usual.frames, help="frames of a clip to train on")
+    add("--clips", type=int, default=usual.clips, help="clips to train on")
+    add("--held-out-frames", type=int, default=usual.held_out_frames, help="frames of a clip to evaluate on")
+    add("--held-out-clips", type=int, default=usual.held_out_clips, help="clips to evaluate on")
+    add("--held-out", type=float, default=usual.held_out, help="share of each video, at its end")
+    add("--seed", type=int, default=usual.seed, help="another seed cuts other windows")
     options = parser.parse_args(arguments)
     return run_command(lambda: cut_as_asked(options), GOES_ON)
 

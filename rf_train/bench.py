@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_prep.command import one_line
+from data_prep.command import Help, one_line
 from rf_train.bench_checkpoint import bench_checkpoint
 from rf_train.bench_data import MANY, bench_data
 from rf_train.bench_generate import bench_generate
@@ -449,15 +449,17 @@ BENCHES: dict[str, Callable[[argparse.Namespace], Result]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="rf_train.bench", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="rf_train.bench", formatter_class=Help, description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("name", choices=BENCHES)
-    parser.add_argument("--chunks", type=int, default=21)
+    parser.add_argument("--chunks", type=int, default=21, help="attention, routing, model, step: chunks of a clip")
     parser.add_argument("--tokens", type=int, default=128, help="attention, routing: tokens per chunk")
     parser.add_argument("--heads", type=int, default=4, help="attention, routing: heads")
     parser.add_argument("--top-k", type=int, default=5, help="routing: chunks that a query chooses")
     parser.add_argument("--side", type=int, default=8, help="model, step: a latent frame is side x side tokens")
     parser.add_argument("--frames", type=int, default=3, help="model: latent frames per chunk")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="times that each is measured")
     parser.add_argument("--video-frames", type=int, default=10_000, help="generate: frames of the long video")
     parser.add_argument("--samples", type=int, default=64, help="data: samples of Wan's size that are read")
     parser.add_argument("--steps", type=int, default=20, help="data: training steps of the demo's model")
@@ -465,7 +467,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=15, help="checkpoint: blocks of 68 MiB each")
     parser.add_argument("--minutes", type=float, default=10.0, help="gpu: no part begins after this time")
     parser.add_argument("--part", action="append", default=[], help="gpu: only parts that begin so; can be given again")
-    parser.add_argument("--out", help="gpu, checkpoint: the folder to write into, runs/bench_NAME")
+    parser.add_argument("--out", help="gpu, checkpoint: the folder to write into (default: runs/bench_NAME)")
     parser.add_argument("--self-forcing", type=Path, help="gpu: a copy of Self-Forcing's repository, to compare with")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the launcher
     options = parser.parse_args(arguments)
@@ -475,6 +477,8 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
     if options.self_forcing is not None and not (options.self_forcing / MODEL_FILE).is_file():
         parser.error(f"--self-forcing {options.self_forcing}: has no {MODEL_FILE}")
+    if options.out and Path(options.out).is_file():
+        parser.error(f"--out {options.out}: a file is there; give a folder")
     if not 0 <= options.minutes < float("inf"):
         parser.error(f"--minutes {options.minutes}: must be at least 0")
     try:

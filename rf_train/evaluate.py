@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.command import GOES_ON, require_finite, run_command
+from data_prep.command import GOES_ON, Help, require_finite, run_command
 from data_prep.files import sha256_of_file, write_json
 from data_prep.places import no_such_folder, place_of
 from rf_train.data.latent_dataset import LatentDataset
@@ -165,23 +165,21 @@ def calibrated(videos: LongVideos, out: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="rf_train.evaluate", description="Measures how quality holds over long videos."
+        prog="rf_train.evaluate", formatter_class=Help, description="Measures how quality holds over long videos."
     )
     parser.add_argument("run")
     parser.add_argument("--data", help="dataset folder of long held-out clips (default: the recipe's data.evaluation)")
-    parser.add_argument("--clips", type=int, default=16)
-    parser.add_argument(
-        "--given-chunks", type=int, default=2, help="true chunks that each clip begins with (default 2)"
-    )
+    parser.add_argument("--clips", type=int, default=16, help="clips of the dataset that are measured")
+    parser.add_argument("--given-chunks", type=int, default=2, help="true chunks that each clip begins with")
     parser.add_argument("--prompts", help="instead of clips, a file with one prompt per line: videos without a truth")
-    parser.add_argument("--seconds", type=float, help="with --prompts: length of the videos (default 15)")
+    parser.add_argument("--seconds", type=float, help="with --prompts: length of the videos (default: 15)")
     parser.add_argument("--samples", type=int, default=1, help="videos of each clip or prompt, each with its own seed")
     parser.add_argument(
         "--text-agreement", metavar="CLIP", help="a folder with a CLIP: how well frames agree with their prompt"
     )
     parser.add_argument("--batch", type=int, default=8, help="clips made together")
     parser.add_argument("--videos", type=int, default=4, help="clips whose videos are kept")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument(
         "--calibrate",
         action="store_true",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_prep.command import require_finite, run_command
+from data_prep.command import Help, require_finite, run_command
 from data_prep.files import sha256_of_file
 from rf_train.config import to_dict
 from rf_train.engine import checkpoint
@@ -28,6 +28,8 @@ from rf_train.generation.play import Player
 from rf_train.generation.prompts import Prompts, check_text, read_prompts
 from rf_train.generation.stream import ENDLESS, Stream, Videos, write
 from rf_train.model.chunks import POSITIONS
+
+GIVEN_CHUNKS, PORT = 2, 8000  # if nothing else is asked for
 
 
 def generate(options: argparse.Namespace) -> str:
@@ -158,6 +160,13 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError("give --prompt TEXT, --image FILE or --video FILE, or --prompts FILE for many videos")
     if options.samples > 1 and not options.prompts:
         raise ValueError(f"--samples {options.samples} is for --prompts; for another video give another --seed")
+    for name, default, other in (
+        ("given_chunks", GIVEN_CHUNKS, "video"),
+        ("batch", 0, "prompts"),
+        ("port", PORT, "play"),
+    ):
+        if getattr(options, name) != default and not getattr(options, other):
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} is for --{other}")
     if options.video and options.image:
         raise ValueError("--image and --video: a video begins with one of them")
     check_text("--negative", options.negative)
@@ -181,7 +190,9 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="rf_train.generate", description="Makes videos with a trained run.")
+    parser = argparse.ArgumentParser(
+        prog="rf_train.generate", formatter_class=Help, description="Makes videos with a trained run."
+    )
     parser.add_argument("run", help="a folder written by rf_train.train")
     parser.add_argument(
         "--prompt", action="append", default=[],
@@ -190,9 +201,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--negative", default="", help="what guidance leads away from (default: the empty caption)")
     parser.add_argument("--image", help="an image that the video begins with")
     parser.add_argument("--video", help="a video whose first frames are continued")
-    parser.add_argument("--given-chunks", type=int, default=2, help="chunks taken from --video (default 2)")
-    parser.add_argument("--seconds", type=float, default=15.0, help="length, the given frames included (default 15)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--given-chunks", type=int, default=GIVEN_CHUNKS, help="chunks taken from --video")
+    parser.add_argument("--seconds", type=float, default=15.0, help="length, the given frames included")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise: another seed makes another video")
     parser.add_argument("--step", type=int, default=0, help="the checkpoint's step (default: the newest)")
     parser.add_argument(
         "--positions", choices=POSITIONS, default=POSITIONS[0],
@@ -207,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--split-weights", action="store_true", help="and each keeps 1 / N of the weights (ZeRO-3)")
     parser.add_argument("--play", action="store_true", help="show the video on a page, with a box for the next prompt")
-    parser.add_argument("--port", type=int, default=8000, help="with --play: the page's port (0: any)")
+    parser.add_argument("--port", type=int, default=PORT, help="with --play: the page's port; 0: any")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the launcher
     parser.add_argument(
         "rest", nargs="*", metavar="OUT | a.b=c",

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from data_prep.command import require_finite, run_command
+from data_prep.command import Help, require_finite, run_command
 from data_prep.geometry import WAN_2_1, parse_size
 from rf_train import config
 from rf_train.config import Recipe, Stage
@@ -305,10 +305,12 @@ def cluster_of(options: argparse.Namespace) -> Cluster:
 
 def parser() -> argparse.ArgumentParser:
     usual = Cluster()
-    found = argparse.ArgumentParser(prog="rf_train.plan", description="What a recipe needs, and recommended settings.")
+    found = argparse.ArgumentParser(
+        prog="rf_train.plan", formatter_class=Help, description="What a recipe needs, and recommended settings."
+    )
     found.add_argument("recipe", help="a YAML file, or the name of a shipped one")
     found.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")
-    found.add_argument("--gpus", type=int, default=usual.gpus)
+    found.add_argument("--gpus", type=int, default=usual.gpus, help="GPUs of the cluster")
     found.add_argument("--node", type=int, default=usual.gpus_per_node, help="GPUs per node")
     numbers = {
         "gpu-memory": (usual.memory / GIB, "GiB", "memory of a GPU"),

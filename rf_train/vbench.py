@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.command import counted, require_finite, run_command
+from data_prep.command import Help, counted, require_finite, run_command
 from data_prep.files import write_json
 from data_prep.video import frame_rate, read_frames, write_video
 from rf_train.generation.many import JOB
@@ -245,10 +245,12 @@ def _read_json(path: Path) -> Any:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rf_train.vbench", description="VBench by segment of long videos.")
     commands = parser.add_subparsers(dest="command", required=True)
-    cutting = commands.add_parser("cut", help="cuts generated videos into segments, named as VBench reads them")
+    cutting = commands.add_parser(
+        "cut", formatter_class=Help, help="cuts generated videos into segments, named as VBench reads them"
+    )
     cutting.add_argument("videos", help="the folder that rf_train.generate --prompts made")
     cutting.add_argument("out")
-    cutting.add_argument("--seconds", type=float, default=5.0, help="length of a segment (default 5)")
+    cutting.add_argument("--seconds", type=float, default=5.0, help="length of a segment")
     cutting.add_argument(
         "--names", help="a file of prompts to name the segments after, if the videos were made from longer versions"
     )

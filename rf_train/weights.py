@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data_prep.command import run_command
+from data_prep.command import Help, run_command
 from data_prep.files import sync, temporary_beside, write_json
 from rf_train import config
 from rf_train.engine import checkpoint
@@ -334,14 +334,14 @@ def _split_by_size(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
 
 def main(arguments: list[str] | None = None) -> int:
     description = "Writes a run's weights as a diffusers WanTransformer3DModel folder, or as Self-Forcing's .pt file."
-    parser = argparse.ArgumentParser(prog="rf_train.weights", description=description)
+    parser = argparse.ArgumentParser(prog="rf_train.weights", formatter_class=Help, description=description)
     parser.add_argument("run")
     parser.add_argument("out", help="the folder to write, or a file that ends with .pt")
     parser.add_argument("--step", type=int, default=0, help="the checkpoint's step (default: the newest)")
     parser.add_argument(
         "--weights", choices=("ema", "master"), default="ema", help="the average (default) or the last weights"
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the exported weights")
     parser.add_argument("--licence", default="", help="of the weights, for the folder's card, such as apache-2.0")
     options = parser.parse_args(arguments)
 

@@ -51,6 +51,7 @@ def test_a_benchmark_prints_its_figures(arguments, figure, monkeypatch):
     [
         (["routing", "--chunks", "1"], "--chunks 1: routing needs at least 2"),
         (["routing", "--top-k", "0"], "--top-k 0: must be at least 1"),
+        (["gpu", "--out", __file__], "test_bench.py: a file is there; give a folder"),
     ],
 )
 def test_sizes_that_cannot_be_measured_are_named_as_they_were_given(capsys, arguments, said):

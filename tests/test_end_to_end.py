@@ -299,6 +299,8 @@ BAD_INPUT = [
     (["rf_train.generate", "runs/r", "many2", "--prompts", "none.txt"], "none.txt"),
     (["rf_train.generate", "runs/r", "o.mp4", "--prompt", "0: x", "--prompt", "y"], "one of several prompts"),
     (["rf_train.generate", "runs/r", "o.mp4", "--image", "videos/long/video-00000.txt"], "not an image"),
+    (["rf_train.generate", "runs/r", "o.mp4", "--prompt", "x", "--given-chunks", 3], "--given-chunks 3 is for --video"),
+    (["rf_train.generate", "runs/r", "o.mp4", "--prompt", "x", "--port", 80], "--port 80 is for --play"),
     (["rf_train.generate", "runs/r", "o.mp4", "--prompt", "x", "flow.solver=rk4"], "choose euler or heun"),
     (["rf_train.generate", "runs/r", "o.mp4", "--video", "none.mp4"], "none.mp4"),
     (["rf_train.generate", "runs/r", "o.mp4", "--video", "videos/long/video-00000.txt"], "video-00000.txt"),

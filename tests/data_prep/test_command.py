@@ -1,5 +1,6 @@
-"""How commands end: exit codes, and one line for whatever went wrong."""
+"""What commands share: help with defaults, exit codes, and one line for whatever went wrong."""
 
+import argparse
 import os
 import signal
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 
-from data_prep.command import counted, require_finite, run_command
+from data_prep.command import Help, counted, require_finite, run_command
 from tests.distributed import PROJECT
 
 
@@ -62,3 +63,13 @@ def test_numbers_that_cannot_be_meant_name_their_option(value):
     require_finite(seconds=1.0)
     with pytest.raises(ValueError, match=r"--gpu-memory .*: expected a number that can be meant"):
         require_finite(gpu_memory=value)
+
+
+def test_help_tells_the_defaults_that_say_something():
+    parser = argparse.ArgumentParser(formatter_class=Help)
+    parser.add_argument("--size", default=3, help="how large")
+    parser.add_argument("--out", help="where")
+    parser.add_argument("--again", action="store_true", help="once more")
+    parser.add_argument("--step", default=0, help="which (default: the newest)")
+    told = parser.format_help()
+    assert "how large (default: 3)" in told and "None" not in told and "False" not in told and "0" not in told
