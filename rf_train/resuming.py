@@ -100,6 +100,14 @@ def write_recipe(recipe: Recipe) -> None:
     write_atomic(path, yaml.safe_dump(new, sort_keys=False))
 
 
+def tell_unused(recipe: Recipe) -> None:
+    """Prints what differs from the recipe of a run that is finished: nothing is trained with it."""
+    path = Path(recipe.run.out) / "recipe.yaml"
+    if path.is_file():
+        for key, was, now in recipe_changes(path, config.to_dict(recipe)):
+            print(f"not used, since this run is finished: {key}: {was!r} -> {now!r}", file=sys.stderr)
+
+
 def recipe_changes(path: Path, new: dict) -> list[tuple[str, object, object]]:
     """(dotted path, old value, new value) of what differs from the recipe in `path`.
 

@@ -47,7 +47,7 @@ from rf_train.engine.zero import Engine, build_engine
 from rf_train.evaluation.during_training import TrainingEvaluation
 from rf_train.failures import kept_alive, report_failure
 from rf_train.metrics import MicroStepResult, StepMetrics
-from rf_train.resuming import check_stages, checkpoint_to_go_on_from, finished, restore, write_recipe
+from rf_train.resuming import check_stages, checkpoint_to_go_on_from, finished, restore, tell_unused, write_recipe
 from rf_train.run_log import RunLog
 from rf_train.saves import Saves, TooManySkippedSteps
 from rf_train.start_checks import check_memory, check_model, check_split, planned_cases
@@ -68,6 +68,7 @@ def train(recipe: Recipe, stop: Stop | None = None, watch: Watch | None = None) 
             train_on(ranks, recipe, stop, watch)
         elif ranks.rank == 0:
             print(f"{recipe.run.out}: all {recipe.steps} steps are done already")
+            tell_unused(recipe)
 
 
 def train_on(ranks: Ranks, recipe: Recipe, stop: Stop, watch: Watch) -> None:

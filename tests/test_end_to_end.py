@@ -118,7 +118,9 @@ def test_training_runs_on_two_zero3_ranks_through_all_stages(walked):
 def test_a_finished_run_is_left_as_it_is(walked):
     here, _ = walked
     before = (here / "runs/r/metrics.jsonl").read_bytes()
-    assert "all 9 steps are done already" in succeed_here("rf_train.train", *RECIPE, folder=here)
+    told = succeed_here("rf_train.train", *RECIPE, "optimizer.beta2=0.9", folder=here)
+    assert "all 9 steps are done already" in told
+    assert "not used, since this run is finished: optimizer.beta2: 0.95 -> 0.9" in told
     assert (here / "runs/r/metrics.jsonl").read_bytes() == before
 
 
