@@ -21,6 +21,7 @@ from data_prep.files import write_atomic
 from data_prep.pages import COLOURS, html_page, html_table
 from data_prep.video import read_frames, write_video
 from rf_train import config
+from rf_train.evaluation.results import CLIPS, PROMPTS
 from rf_train.evaluation.statistics import as_text
 from rf_train.report_data import RunRecord
 from rf_train.report_headline import headline
@@ -140,18 +141,19 @@ def video_tag(mp4: Path | bytes) -> str:
 
 
 def clip_rows(runs: list[RunRecord]) -> list[tuple[str, list[tuple[str, Path]]]]:
-    """For each clip whose video was kept: its caption, and [(name, video)] of the truth and of each run."""
+    """For each clip or prompt whose video was kept: its text, and [(name, video)] of the truth and of each run."""
     first, found = runs[0], []
     for position, row in enumerate(first.evaluation["rows"]):
         if "video" not in row:
             continue
-        videos = [("truth", first.evaluation_video(row.get("truth")))]
+        videos = [("truth", first.evaluation_video(row["truth"]))] if "truth" in row else []
         for run in runs:
             rows = run.evaluation["rows"]
             other = rows[position] if position < len(rows) else {}
-            if other.get("clip") == row["clip"] and "video" in other:
+            if all(other.get(key) == row.get(key) for key in ("clip", "prompt", "sample")) and "video" in other:
                 videos.append((run.name, run.evaluation_video(other["video"])))
-        found.append((row["caption"] or row["clip"], [(name, path) for name, path in videos if path.is_file()]))
+        text = row.get("caption") or row.get("clip") or row["prompt"]
+        found.append((text, [(name, path) for name, path in videos if path.is_file()]))
     return found
 
 
@@ -256,23 +258,28 @@ def comparable_runs(runs: list[RunRecord]) -> list[RunRecord]:
 def quality_section(runs: list[RunRecord]) -> list[str]:
     first = runs[0].evaluation
     given, trained = f"{first['given_seconds']:.2f} s", f"{first['trained_seconds']:.2f} s"
-    clips = (
-        f"{first['clips']} held-out clips, continued from their first {given}; trained on clips of {trained} (dotted)."
-    )
+    if runs[0].of_prompts:
+        shown, other = "The first video by segment, then whole videos.", "of their first segment"
+        measured_on = f"{len(first['rows'])} videos made from prompts alone"
+    else:
+        shown = "The first clip by segment, then whole clips: the truth, and what each run made of its first frames."
+        other = "of all true clips"
+        measured_on = f"{first['clips']} held-out clips, continued from their first {given}"
+    about = f"{measured_on}; trained on clips of {trained} (dotted). Lines are means, bands one standard deviation."
     explained = "".join(f"<li><b>{metric.title}</b>: {html.escape(metric.meaning)}.</li>" for metric in measured(runs))
     frechet = (
-        "squared Frechet distance between the latents of all generated and of all true clips, and their changes from "
-        "frame to frame, taken as Gaussian"
+        f"squared Frechet distance between the latents of all generated videos and those {other}, and their changes "
+        "from frame to frame, taken as Gaussian"
     )
     explained += f"<li><b>Frechet distance</b>: {frechet}.</li>"
     table = quality_table(runs) + f"<ul>{explained}</ul>"
     return [
         "<h2>The videos</h2>",
-        "<p>The first clip by segment, then whole clips: the truth, and what each run made of its first frames.</p>",
+        f"<p>{shown}</p>",
         segments_side_by_side(runs),
         clip_grid(runs),
         "<h2>Quality over long videos</h2>",
-        f"<p>{html.escape(clips)} Lines are means over clips, bands one standard deviation.</p>",
+        f"<p>{html.escape(about)}</p>",
         quality_plot(runs),
         folded("All numbers, and what the metrics mean", table),
         history_section(runs),
@@ -283,7 +290,8 @@ def quality_section(runs: list[RunRecord]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rf_train.report", description="One self-contained page on one or more runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--out", help="the page to write (default: report.html in the first run)")
+    parser.add_argument("--prompts", action="store_true", help="show what `rf_train.evaluate --prompts` found")
+    parser.add_argument("--out", help="the page to write (default: report.html, or prompts.html, in the first run)")
     parser.add_argument("--picture", metavar="FILE.png", help="also write frames of the videos side by side")
     options = parser.parse_args(arguments)
     return run_command(lambda: report_as_asked(options))
@@ -291,8 +299,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def report_as_asked(options: argparse.Namespace) -> None:
     """Writes what the command line asks for. Prints a line about it."""
-    runs = [RunRecord(folder, COLOURS[i % len(COLOURS)]) for i, folder in enumerate(options.runs)]
-    out = Path(options.out or Path(options.runs[0]) / "report.html")
+    evaluated = PROMPTS if options.prompts else CLIPS
+    runs = [RunRecord(folder, COLOURS[i % len(COLOURS)], evaluated) for i, folder in enumerate(options.runs)]
+    out = Path(options.out or Path(options.runs[0]) / ("prompts.html" if options.prompts else "report.html"))
     write_atomic(out, page(runs))
     if options.picture:
         picture(comparable_runs(runs)).save(options.picture)

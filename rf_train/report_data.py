@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rf_train import config, metrics
-from rf_train.evaluation.results import read_evaluation
+from rf_train.evaluation.pieces import RESULT
+from rf_train.evaluation.results import CLIPS, PROMPTS, read_result
 from rf_train.run_log import read_rows
 
 
@@ -33,8 +34,8 @@ EVALUATION = {
     "metrics": Every([{"mean": MAYBE, "std": MAYBE}]),
     "slopes": Every({"slope": MAYBE, "low": MAYBE, "high": MAYBE}),
     "frechet": SERIES,
-    "rows": [{"clip": str, "caption": str}],
 }
+EVALUATION_ROW = {CLIPS: {"clip": str, "caption": str}, PROMPTS: {"prompt": str, "sample": float}}
 HISTORY = {
     "solver_steps": float,
     "fine_solver_steps": float,
@@ -80,7 +81,7 @@ def check_shape(value: Any, shape: Any, where: str) -> None:
 def check_evaluation(found: dict, path: Path) -> None:
     """Raises ValueError when an evaluation.json isn't as rf_train.evaluate writes it."""
     where = f"{path}: not as rf_train.evaluate writes it; remove it, and evaluate again"
-    check_shape(found, EVALUATION, where)
+    check_shape(found, {**EVALUATION, "rows": [EVALUATION_ROW[path.parent.name]]}, where)
     for key, shape in (("history", HISTORY), ("routing", ROUTING)):
         check_shape(found.get(key), Maybe(shape), f"{where}: {key}")
     segments = len(found["segments_seconds"])
@@ -92,9 +93,12 @@ def check_evaluation(found: dict, path: Path) -> None:
 
 
 class RunRecord:
-    """The content of a run's folder: recipe, metrics and, if it was evaluated, its evaluation."""
+    """The content of a run's folder: recipe, metrics and, if it was evaluated, its evaluation.
 
-    def __init__(self, folder: str, colour: str):
+    `evaluated`: CLIPS or PROMPTS, what the evaluation is of.
+    """
+
+    def __init__(self, folder: str, colour: str, evaluated: str = CLIPS):
         self.folder, self.colour = Path(folder), colour
         if not (self.folder / "recipe.yaml").is_file():
             raise ValueError(f"{folder}: not a run, it has no recipe.yaml")
@@ -103,9 +107,15 @@ class RunRecord:
         self.label = f"\u200b{self.name}" if self.name.startswith("_") else self.name
         self.recipe = config.load(self.folder / "recipe.yaml")
         self.rows = self.read_rows()
-        self.evaluation = read_evaluation(self.folder)
+        self.evaluation_folder = self.folder / evaluated
+        self.evaluation = read_result(self.evaluation_folder)
         if self.evaluation:
-            check_evaluation(self.evaluation, self.folder / "evaluation" / "evaluation.json")
+            check_evaluation(self.evaluation, self.evaluation_folder / RESULT)
+
+    @property
+    def of_prompts(self) -> bool:
+        """Whether the evaluation is of videos from prompts alone, without a truth."""
+        return self.evaluation_folder.name == PROMPTS
 
     def read_rows(self) -> list[dict]:
         """The rows of steps with a finite loss. Raises ValueError without any, and for one that can't be drawn."""
@@ -153,7 +163,6 @@ class RunRecord:
 
     def evaluation_video(self, name: object) -> Path:
         """A video that the evaluation names. Raises ValueError for anything but the name of a file beside it."""
-        folder = self.folder / "evaluation"
         if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"{folder / 'evaluation.json'}: {name!r} is not the name of a video beside it")
-        return self.video(folder / name)
+            raise ValueError(f"{self.evaluation_folder / RESULT}: {name!r} is not the name of a video beside it")
+        return self.video(self.evaluation_folder / name)

@@ -23,11 +23,12 @@ def headline(runs: list[RunRecord], comparable: list[RunRecord]) -> str:
         rows = [[f"{m.title} ({m.better})", *(cell for run in comparable for cell in cells(run, m))] for m in metrics]
         heads = [head for run in comparable for head in (f"{run.name}: {first}", last, "change")]
         worse = {n for n, row in enumerate(rows) if "worse" in row}
-        lines.append(html_table(["mean over clips", *heads], rows, worse))
+        lines.append(html_table(["mean over videos", *heads], rows, worse))
         about = "Worse or better: the change per segment differs from 0 with 95 % confidence (bootstrap over clips)."
         lines.append(f'<p class="note">{about}</p>')
     else:
-        lines.append("<p>Not evaluated yet: <code>python -m rf_train.evaluate RUN</code> adds quality and videos.</p>")
+        command = f"python -m rf_train.evaluate RUN{' --prompts FILE' if runs[0].of_prompts else ''}"
+        lines.append(f"<p>Not evaluated yet: <code>{command}</code> adds quality and videos.</p>")
     lines += [f'<p class="note">{dot(run)}{html.escape(trained(run))}</p>' for run in runs]
     return f'<div class="headline">{"".join(lines)}</div>'
 

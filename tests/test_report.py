@@ -434,3 +434,22 @@ def test_the_choices_of_a_routed_run_are_shown(runs, tmp_path):
     page = page_of([tmp_path / "routed", runs[1]], tmp_path / "page.html")
     assert "Which chunks routing chooses" in page and "<td>0.125</td><td>0.500</td>" in page
     assert "Which chunks routing chooses" not in page_of(runs, tmp_path / "page.html")
+
+
+def test_a_page_of_prompts_has_the_prompts_and_no_truth(runs, tmp_path):
+    folders = [Path(shutil.copytree(run, tmp_path / run.name)) for run in runs]
+    assert "rf_train.evaluate RUN --prompts FILE" in page_of(folders, tmp_path / "none.html", "--prompts")
+    for folder in folders:
+        found = json.loads((folder / "evaluation/evaluation.json").read_text())
+        found["history"] = None
+        (folder / "evaluation").rename(folder / "evaluation_prompts")
+        for row in found["rows"]:
+            row.update(prompt=f"a boat, {row.pop('clip')}", sample=0)
+            del row["caption"]
+            row.pop("truth", None)
+        (folder / "evaluation_prompts/evaluation.json").write_text(json.dumps(found))
+    page = Page(page_of(folders, tmp_path / "page.html", "--prompts"))
+    text = " ".join(page.texts)
+    assert "2 videos made from prompts alone" in text and "a boat, 000000_0000" in text and "true clips" not in text
+    assert page.count("video") == 2 * 2 + 2 + 2  # by segment, whole, and those of rf_train.generate
+    assert "those of their first segment" in text

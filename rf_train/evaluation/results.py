@@ -13,13 +13,8 @@ REPORTED_OF_PROMPTS = {metric.name for metric in GENERAL_METRICS if not metric.n
 CLIPS, PROMPTS = "evaluation", "evaluation_prompts"  # the folders in a run's
 
 
-def read_evaluation(run: Path) -> dict:
-    """A run's evaluation.json; {} without one. Raises ValueError for a file that `evaluate_run` didn't write."""
-    return read_result(run / "evaluation")
-
-
 def read_result(out: Path) -> dict:
-    """The evaluation.json of a folder; see `read_evaluation`."""
+    """The evaluation.json of a folder; {} without one. Raises ValueError for another file than `evaluate_run`'s."""
     path = out / RESULT
     if not path.is_file():
         return {}
@@ -40,7 +35,7 @@ def read_result(out: Path) -> dict:
         "fps",
     }
     known = isinstance(found, dict) and wanted <= found.keys() and isinstance(found["metrics"], dict)
-    reported = REPORTED if out.name == "evaluation" else REPORTED_OF_PROMPTS
+    reported = REPORTED if out.name == CLIPS else REPORTED_OF_PROMPTS
     if not known or not found["metrics"].keys() >= reported:
         raise ValueError(f"{path}: not an evaluation of this version; remove it, and evaluate again")
     return found
