@@ -92,16 +92,18 @@ def complete_settings(recipe: Recipe, device_type: str, world_size: int) -> dict
     for key, ours in forbidden.items():
         if key in settings:
             _contradiction(path, key, settings[key], f"the recipe decides it ({ours})")
-    fixed: tuple[tuple[str, str, object], ...] = (
-        ("data_types", "grad_accum_dtype", "fp32"),
-        ("amp", "enabled", False),
-        ("torch_autocast", "enabled", False),
+    precision, skips = "run.precision decides", "the norm tells which steps to skip"
+    fixed: tuple[tuple[str, str, object, str], ...] = (
+        ("data_types", "grad_accum_dtype", "fp32", precision),
+        ("amp", "enabled", False, precision),
+        ("torch_autocast", "enabled", False, precision),
+        ("bf16", "check_grad_overflow", True, skips),
+        ("zero_optimization", "compute_grad_norm", True, skips),
     )
-    for section, key, required in fixed:
+    for section, key, required, why in fixed:
         there = settings.get(section, {}).get(key, required)
         if there != required:
-            made = f"training makes it {json.dumps(required)}: run.precision decides"
-            _contradiction(path, f"{section}.{key}", there, made)
+            _contradiction(path, f"{section}.{key}", there, f"training makes it {json.dumps(required)}: {why}")
     settings["data_types"] = {"grad_accum_dtype": "fp32"}
     settings["zero_allow_untested_optimizer"] = True
     settings["zero_force_ds_cpu_optimizer"] = False

@@ -40,9 +40,13 @@ def _best_on_cuda(device: torch.device, head_dim: int, repeatable: bool) -> str:
 
     The gradients of its queries differ from run to run. FlashAttention-2 has a mode in which they don't.
     """
-    hopper = torch.cuda.get_device_capability(device) >= (9, 0)
-    fast = hopper and head_dim in (64, 128) and torch.backends.cudnn.is_available()
-    return "cudnn" if fast and not repeatable else "fa2"
+    hopper = torch.cuda.get_device_capability(device) >= (9, 0) and torch.backends.cudnn.is_available()
+    return best_on_hopper(head_dim, repeatable) if hopper else "fa2"
+
+
+def best_on_hopper(head_dim: int, repeatable: bool) -> str:
+    """What "auto" stands for on Hopper's GPUs and newer ones: see `_best_on_cuda`."""
+    return "cudnn" if head_dim in (64, 128) and not repeatable else "fa2"
 
 
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple]:

@@ -3,6 +3,7 @@
 PyTorch shares one operation out among its threads. With many small operations most threads would have nothing to do.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -38,8 +39,17 @@ def _pool(threads: int) -> ThreadPoolExecutor:
         torch.get_num_threads()  # the first call in a thread would set it anew
         ready.wait()
 
-    for _ in range(threads):
-        pool.submit(prepare)
-    ready.wait()
-    torch.set_num_threads(threads)  # those that start later have all of them again
+    try:
+        for _ in range(threads):
+            pool.submit(prepare)
+        ready.wait()
+    except BaseException:  # the system gives no further thread: those that wait for it must end
+        ready.abort()
+        pool.shutdown()
+        raise
+    finally:
+        torch.set_num_threads(threads)  # those that start later have all of them again
     return pool
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads

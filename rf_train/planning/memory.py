@@ -13,6 +13,7 @@ import torch
 
 from rf_train.diffusion.randomness import LOSS_DRAWS
 from rf_train.model.chunks import ModelPass, Routed, Window
+from rf_train.model.kernels import best_on_hopper
 from rf_train.model.kv_cache import kv_cache_bytes
 from rf_train.model.routing import TILE, bytes_per_query, piece_size, tiles_in
 from rf_train.planning.costs import StageCase, query_counts
@@ -178,8 +179,10 @@ def routing_working_bytes(case: StageCase, model_pass: ModelPass) -> int:
     heads = model.heads // case.sequence_ranks
     size = piece_size(heads, queries, len(case.chunk_sizes), one, case.cluster.device)
     sums = 0 if case.value_bytes == 4 else 8 * model.head_dim * size[0] * case.tokens_per_frame * case.clip.frames
-    rows, tile = slots * math.prod(size), TILE[case.cluster.device]
-    bounds = (0, *itertools.accumulate(case.chunk_sizes[:-1]))
+    kernel, repeatable = model.attention_kernel, case.recipe.run.deterministic
+    kernel = best_on_hopper(model.head_dim, repeatable) if kernel == "auto" else kernel
+    tile = TILE[case.cluster.device] if kernel == "cudnn" else 0
+    rows, bounds = slots * math.prod(size), (0, *itertools.accumulate(case.chunk_sizes[:-1]))
     if tiles := tiles_in(rows, size[0], bounds, tile):
         # padding; and of each tile its keys and values, their gradients, one of them in fp32
         rows, keys = tiles * tile, tiles * model.chunking.largest * case.tokens_per_frame

@@ -47,6 +47,14 @@ def recipe(tmp_path):
         ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled is true there, but training makes it false"),
         ({"amp": {"enabled": True}}, "amp.enabled is true there"),
         ({"zero_optimization": {"stage": 1}}, "stage is 1"),
+        (
+            {"zero_optimization": {"stage": 2, "compute_grad_norm": False}},
+            "zero_optimization.compute_grad_norm is false there, but training makes it true: the norm tells",
+        ),
+        (
+            {"bf16": {"check_grad_overflow": False}},
+            "bf16.check_grad_overflow is false there, but training makes it true: the norm tells",
+        ),
         ({"zero_optimization": None}, "zero_optimization is null, expected an object"),
         (
             {"zero_optimization": {"stage": 3, "offload_optimizer": True}},

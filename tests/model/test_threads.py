@@ -1,10 +1,13 @@
 """Independent parts on a CPU: each in a thread of its own, in which PyTorch computes alone."""
 
+import multiprocessing
+import threading
 from threading import Thread, get_ident
 
 import pytest
 import torch
 
+from rf_train.model import threads
 from rf_train.model.threads import in_threads
 
 CPU = torch.device("cpu")
@@ -49,4 +52,38 @@ def test_parts_may_write_into_what_inference_mode_made(parts):
 def test_an_error_of_a_part_is_raised_and_the_threads_go_on():
     with pytest.raises(ZeroDivisionError):
         in_threads(lambda n: 1 // (n - 3), [(n,) for n in range(8)], CPU)
+    assert in_threads(lambda n: n, [(n,) for n in range(8)], CPU) == list(range(8))
+
+
+def squares(n: int, out) -> None:
+    out.put(in_threads(lambda i: i * i, [(i,) for i in range(n)], CPU))
+
+
+def test_a_forked_process_makes_threads_of_its_own():
+    """It has none of those that its parent made, and would wait for them for ever."""
+    in_threads(lambda n: n, [(n,) for n in range(8)], CPU)
+    context = multiprocessing.get_context("fork")
+    out = context.Queue()
+    process = context.Process(target=squares, args=(4, out))
+    process.start()
+    try:
+        assert out.get(timeout=30) == [0, 1, 4, 9]
+    finally:
+        process.kill()
+
+
+def test_where_no_thread_can_be_started_nothing_waits_for_it(monkeypatch):
+    threads._pool.cache_clear()
+    before, started = torch.get_num_threads(), []
+
+    def start(thread: Thread, start=Thread.start) -> None:
+        started.append(thread)
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(RuntimeError, match="can't start"):
+        in_threads(lambda n: n, [(n,) for n in range(8)], CPU)
+    assert not started[0].is_alive() and torch.get_num_threads() == before
     assert in_threads(lambda n: n, [(n,) for n in range(8)], CPU) == list(range(8))

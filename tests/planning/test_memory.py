@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from rf_train.diffusion.histories import History
+from rf_train.model.chunks import Routed
 from rf_train.model.elementwise import compiled as compiling
+from rf_train.model.routing import TILE
 from rf_train.model.transformer import CausalWan
 from rf_train.planning.memory import (
     ROOM,
@@ -17,6 +19,7 @@ from rf_train.planning.memory import (
     gathered_bytes,
     memory,
     rollout_cache_bytes,
+    routing_working_bytes,
     state_bytes,
 )
 from tests.planning.cases import ATTENTIONS, Step, tiny_case, with_run
@@ -140,3 +143,23 @@ def test_a_case_fits_when_room_is_left():
     for share, fitting in ((1.001, True), (0.999, False)):
         cluster = replace(case.cluster, memory=share * need / (1 - ROOM))
         assert fits(replace(case, cluster=cluster)) == fitting
+
+
+@pytest.mark.parametrize(
+    "kernel, head_dim, deterministic, tiles",
+    [
+        ("auto", 64, False, True),
+        ("cudnn", 64, False, True),
+        ("fa2", 64, False, False),
+        ("auto", 64, True, False),
+        ("auto", 32, False, False),
+    ],
+)
+def test_tiles_of_routing_are_counted_where_it_has_them(monkeypatch, kernel, head_dim, deterministic, tiles):
+    """As `routing_kernels` chooses on a GPU of today."""
+    run = {"precision": "bf16", "deterministic": deterministic}
+    model = {"dim": 2 * head_dim, "heads": 2, "attention_kernel": kernel}
+    case = tiny_case(attention=Routed(top_k=1), device="cuda", run=run, **model)
+    without = routing_working_bytes(case, case.training_pass)
+    monkeypatch.setitem(TILE, "cuda", 2)
+    assert (routing_working_bytes(case, case.training_pass) > without) == tiles
