@@ -26,7 +26,7 @@ class Arm:
     recipe: str = "demo"
     start: str = ""  # the arm whose first stage this one shares
     settings: tuple[str, ...] = ()  # a.b=c
-    equal_compute: str = ""  # the arm whose last stage costs as many FLOP as this one's
+    equal_compute: str = ""  # the arm that costs as many FLOP; of what `start` shares, nothing counts
     clips: str = ""  # dataset of the held-out clips; empty: that of the file's `clips`
 
     def validate(self) -> None:
@@ -116,12 +116,15 @@ class Plan:
             stages = tuple(replace(stage, steps=max(2, stage.steps // QUICK_STEPS)) for stage in plain.stages)
             plain = replace(plain, stages=stages)
         if arm.equal_compute:
-            other = self.recipe(self.evidence.arm[arm.equal_compute])
-            *first, last = plain.stages
-            own, aim = (step_flop(recipe, self.ranks, -1) for recipe in (plain, other))
-            steps = max(1, round(other.stages[-1].steps * aim / own))
-            plain = replace(plain, stages=(*first, replace(last, steps=steps)))
+            other, begin = self.recipe(self.evidence.arm[arm.equal_compute]), -1 if arm.start else 0
+            share = sum(self.stage_flop(other)[begin:]) / sum(self.stage_flop(plain)[begin:])
+            own = [replace(stage, steps=max(1, round(stage.steps * share))) for stage in plain.stages[begin:]]
+            plain = replace(plain, stages=(*plain.stages[:begin], *own))
         return plain
+
+    def stage_flop(self, recipe: Recipe) -> list[float]:
+        """FLOP of each stage; a rollout counts."""
+        return [step_flop(recipe, self.ranks, i) * stage.steps for i, stage in enumerate(recipe.stages)]
 
     def overrides(self, arm: Arm, seed: int) -> list[str]:
         """The settings on the command line of the training of an arm with a seed."""
@@ -171,9 +174,7 @@ class Plan:
 
     def tflop(self, arm: Arm) -> float:
         """TFLOP of the whole training of an arm, its first stage included; a rollout counts."""
-        recipe = self.recipe(arm)
-        steps = [step_flop(recipe, self.ranks, i) * stage.steps for i, stage in enumerate(recipe.stages)]
-        return sum(steps) / 1e12
+        return sum(self.stage_flop(self.recipe(arm))) / 1e12
 
 
 def what_is_trained(recipe: Recipe) -> dict:
@@ -194,7 +195,6 @@ def source_of(dataset: str) -> str:
 
 def step_flop(recipe: Recipe, ranks: int, position: int) -> float:
     """FLOP of a step of a stage, as `rf_train.plan` counts them."""
-    position %= len(recipe.stages)
     clip = costs.clip_of(recipe, position, (32, 32))
     zero = costs.read_zero(recipe.run.deepspeed)
     return sum(costs.flop(StageCase(recipe, recipe.stages[position], clip, zero, Cluster(ranks))).values())
