@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_prep.command import Help, one_line
+from data_prep.command import Help, run_command
 from rf_train.bench_checkpoint import bench_checkpoint
 from rf_train.bench_data import MANY, bench_data
 from rf_train.bench_generate import bench_generate
@@ -453,41 +453,52 @@ def main(arguments: list[str] | None = None) -> int:
         prog="rf_train.bench", formatter_class=Help, description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("name", choices=BENCHES)
-    parser.add_argument("--chunks", type=int, default=21, help="attention, routing, model, step: chunks of a clip")
-    parser.add_argument("--tokens", type=int, default=128, help="attention, routing: tokens per chunk")
-    parser.add_argument("--heads", type=int, default=4, help="attention, routing: heads")
-    parser.add_argument("--top-k", type=int, default=5, help="routing: chunks that a query chooses")
-    parser.add_argument("--side", type=int, default=8, help="model, step: a latent frame is side x side tokens")
-    parser.add_argument("--frames", type=int, default=3, help="model: latent frames per chunk")
-    parser.add_argument("--rounds", type=int, default=5, help="times that each is measured")
-    parser.add_argument("--video-frames", type=int, default=10_000, help="generate: frames of the long video")
-    parser.add_argument("--samples", type=int, default=64, help="data: samples of Wan's size that are read")
-    parser.add_argument("--steps", type=int, default=20, help="data: training steps of the demo's model")
-    parser.add_argument("--index-samples", type=int, default=MANY, help="data: made-up samples of the large index")
-    parser.add_argument("--layers", type=int, default=15, help="checkpoint: blocks of 68 MiB each")
-    parser.add_argument("--minutes", type=float, default=10.0, help="gpu: no part begins after this time")
-    parser.add_argument("--part", action="append", default=[], help="gpu: only parts that begin so; can be given again")
-    parser.add_argument("--out", help="gpu, checkpoint: the folder to write into (default: runs/bench_NAME)")
-    parser.add_argument("--self-forcing", type=Path, help="gpu: a copy of Self-Forcing's repository, to compare with")
+    every, read_by = tuple(BENCHES), dict[str, tuple[str, ...]]()
+
+    def add(flag: str, benches: tuple[str, ...], text: str, **settings: Any) -> None:
+        """An option that these benchmarks read."""
+        named = text if benches == every else f"{', '.join(benches)}: {text}"
+        read_by[parser.add_argument(flag, help=named, **settings).dest] = benches
+
+    add("--chunks", ("attention", "routing", "model", "rollout"), "chunks of a clip", type=int, default=21)
+    add("--tokens", ("attention", "routing"), "tokens per chunk", type=int, default=128)
+    add("--heads", ("attention", "routing"), "heads", type=int, default=4)
+    add("--top-k", ("routing",), "chunks that a query chooses", type=int, default=5)
+    add("--side", ("model", "step"), "a latent frame is side x side tokens", type=int, default=8)
+    add("--frames", ("model",), "latent frames per chunk", type=int, default=3)
+    add("--rounds", every, "times that each is measured", type=int, default=5)
+    add("--video-frames", ("generate",), "frames of the long video", type=int, default=10_000)
+    add("--samples", ("data",), "samples of Wan's size that are read", type=int, default=64)
+    add("--steps", ("data",), "training steps of the demo's model", type=int, default=20)
+    add("--index-samples", ("data",), "made-up samples of the large index", type=int, default=MANY)
+    add("--layers", ("checkpoint",), "blocks of 68 MiB each", type=int, default=15)
+    add("--minutes", ("gpu",), "no part begins after this time", type=float, default=10.0)
+    add("--part", ("gpu",), "only parts that begin so; can be given again", action="append", default=[])
+    add("--out", ("gpu", "checkpoint"), "the folder to write into (default: runs/bench_NAME)")
+    add("--self-forcing", ("gpu",), "a copy of Self-Forcing's repository, to compare with", type=Path)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the launcher
     options = parser.parse_args(arguments)
-    counts = "chunks tokens heads top_k side frames rounds samples steps index_samples layers video_frames"
-    for name in counts.split():
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
+    unread = [name for name, benches in read_by.items() if options.name not in benches]
+    changed = [name for name in unread if getattr(options, name) != parser.get_default(name)]
+    return run_command(lambda: run_bench(options, changed))
+
+
+def run_bench(options: argparse.Namespace, unread: list[str]) -> None:
+    """Prints what a benchmark finds. Raises ValueError for options that make no sense, or that it does not read."""
+    if unread:
+        raise ValueError(f"--{unread[0].replace('_', '-')}: {options.name} does not read it; see --help")
+    for name, value in vars(options).items():
+        if isinstance(value, int) and name != "local_rank" and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if options.self_forcing is not None and not (options.self_forcing / MODEL_FILE).is_file():
-        parser.error(f"--self-forcing {options.self_forcing}: has no {MODEL_FILE}")
+        raise ValueError(f"--self-forcing {options.self_forcing}: has no {MODEL_FILE}")
     if options.out and Path(options.out).is_file():
-        parser.error(f"--out {options.out}: a file is there; give a folder")
+        raise ValueError(f"--out {options.out}: a file is there; give a folder")
     if not 0 <= options.minutes < float("inf"):
-        parser.error(f"--minutes {options.minutes}: must be at least 0")
-    try:
-        lines, figures = BENCHES[options.name](options)
-    except (ValueError, OSError) as error:
-        parser.error(one_line(error))
+        raise ValueError(f"--minutes {options.minutes}: must be at least 0")
+    lines, figures = BENCHES[options.name](options)
     if figures:
         print("\n".join([*lines, json.dumps(figures)]), flush=True)
-    return 0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ class Bench:
         self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
         self.sizes = Sizes.of_device(self.on_gpu)
         self.kernels = list(CUDA_KERNELS) if self.on_gpu else ["auto"]
-        self.out, self.end = out, time.monotonic() + seconds
+        self.out, self.path, self.end = out, out / "results.json", time.monotonic() + seconds
         self.self_forcing = self_forcing  # a copy of its repository, to compare with
         self.results: dict[str, Any] = {}
         self._engine: Engine | None = None
@@ -107,8 +108,9 @@ class Bench:
         parts = self.parts()
         unknown = [word for word in wanted if not any(name.startswith(word) for name in parts)]
         if unknown:
-            raise ValueError(f"--part {unknown[0]}: no such part; the parts are: {', '.join(parts)}")
+            raise ValueError(f"--part {unknown[0]}: no such part; the parts are: {'; '.join(parts)}")
         self.out.mkdir(parents=True, exist_ok=True)
+        self.path = next(path for path in map(self.numbered, count(1)) if not path.exists())
         for name, part in parts.items():
             if wanted and not any(name == word or (word not in parts and name.startswith(word)) for word in wanted):
                 continue
@@ -126,8 +128,12 @@ class Bench:
             print(f"{name}: {json.dumps(rounded(self.results[name]))}", flush=True)
             self.write()
 
+    def numbered(self, call: int) -> Path:
+        """The file of the results of the folder's n-th call: earlier ones are kept."""
+        return self.out / ("results.json" if call == 1 else f"results-{call}.json")
+
     def write(self) -> None:
-        write_atomic(self.out / "results.json", json.dumps(self.results, indent=1))
+        write_atomic(self.path, json.dumps(self.results, indent=1))
 
     def parts(self) -> dict[str, Callable[[], dict]]:
         """The parts by name, the most important ones first."""
@@ -227,7 +233,8 @@ class Bench:
             except (ValueError, RuntimeError) as error:
                 found["routed" if routed else kernel] = {"failed": str(error).splitlines()[0]}
                 continue
-            figures = {"forward_s": forward, "backward_s": both - forward}
+            backward = both - forward if both > forward else None  # at toy sizes noise is larger
+            figures = {"forward_s": forward, "backward_s": backward}
             if routed:
                 found["routed"] = {**figures, "promised_speedup": promised_speedup(chunks, self.sizes.top_k)}
                 found["routed"] |= {f"speedup_over_{name}": seconds / both for name, seconds in dense.items()}
@@ -235,7 +242,7 @@ class Bench:
                 dense[kernel] = both
                 rates = {
                     "forward_tflops": work / forward / 1e12,
-                    "backward_tflops": 2.5 * work / figures["backward_s"] / 1e12,
+                    "backward_tflops": 2.5 * work / backward / 1e12 if backward else None,
                 }
                 found[kernel] = {**figures, **rates}
         return found
@@ -449,4 +456,4 @@ def bench_gpu(options: argparse.Namespace) -> tuple[list[str], dict]:
     bench = Bench(Path(options.out or "runs/bench_gpu"), 60 * options.minutes, options.self_forcing)
     bench.run(options.part)
     lines = [f"  {name}: {json.dumps(rounded(figures))}" for name, figures in bench.results.items()]
-    return [f"results in {bench.out / 'results.json'}", *lines], {"bench": "gpu", **bench.results}
+    return [f"results in {bench.path}", *lines], {"bench": "gpu", **bench.results}
