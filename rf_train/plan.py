@@ -132,7 +132,10 @@ def report(recipe: Recipe, name: str, clips: list[Clip], cluster: Cluster) -> tu
         lines += text
         stages.append({**figures, "best": found.plain()})
     days = sum(figures["days"] for figures in stages)
-    lines += [f"all stages: {days:.1f} days at least", f"recommended settings, with {ROOM:.0%} room"]
+    lines += [
+        f"all stages: {days:.1f} days at least, at {cluster.mfu:.0%} of the peak",
+        f"recommended settings, with {ROOM:.0%} room",
+    ]
     lines += describe_found("one job", together)
     for case, found in zip(cases, alone):
         lines += describe_found(f"{case.stage.name} alone", found)
@@ -288,6 +291,8 @@ def cluster_of(options: argparse.Namespace) -> Cluster:
         require_finite(**{name: getattr(options, name)})
         if not getattr(options, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive")
+    if options.mfu > 1:
+        raise ValueError(f"--mfu {options.mfu:g}: a share of the peak, at most 1")
     node = min(options.node, options.gpus)
     if options.gpus % node:
         raise ValueError(f"--gpus {options.gpus} is not a multiple of --node {node}")

@@ -23,7 +23,7 @@ def headline(runs: list[RunRecord], comparable: list[RunRecord]) -> str:
         rows = [[f"{m.title} ({m.better})", *(cell for run in comparable for cell in cells(run, m))] for m in metrics]
         heads = [head for run in comparable for head in (f"{run.name}: {first}", last, "change")]
         worse = {n for n, row in enumerate(rows) if "worse" in row}
-        lines.append(html_table(["mean over videos", *heads], rows, worse))
+        lines.append(html_table([f"mean over {len(comparable[0].evaluation['rows'])} videos", *heads], rows, worse))
         about = "Worse or better: the change per segment differs from 0 with 95 % confidence (bootstrap over clips)."
         lines.append(f'<p class="note">{about}</p>')
     else:
@@ -59,7 +59,7 @@ def sentence(run: RunRecord) -> str:
         return f"{run.name}: too few segments or clips to say whether its videos hold"
     length = run.evaluation["segments_seconds"][-1][1] / run.evaluation["trained_seconds"]
     worse, better = ([name for name, said in found.items() if said == word] for word in ("worse", "better"))
-    change = f"{', '.join(worse)} gets worse" if worse else f"none of these {len(found)} measures gets worse"
+    change = f"{', '.join(worse)} gets worse" if worse else f"none of these {len(found)} measures gets clearly worse"
     gain = f"; {', '.join(better)} gets better" if better else ""
     return f"{run.name}, up to {length:.1f} times its trained length: {change}{gain}"
 
@@ -70,7 +70,7 @@ def cells(run: RunRecord, metric: VideoMetric) -> list[str]:
 
 
 def verdict(run: RunRecord, metric: VideoMetric) -> str:
-    """ "worse", "better" or "holds": the change per segment is outside of its 95 % interval's noise, or not.
+    """ "worse", "better" or "no clear change": the change per segment is outside of its 95 % interval's noise, or not.
 
     "" when it was not measured in two segments.
     """
@@ -79,7 +79,7 @@ def verdict(run: RunRecord, metric: VideoMetric) -> str:
     if change["low"] is None or change["high"] is None or len(known) < 2:
         return ""
     if change["low"] <= 0 <= change["high"]:
-        return "holds"
+        return "no clear change"
     if metric.better.startswith("near"):
         best = float(metric.better.split()[1])
         return "worse" if abs(known[-1] - best) > abs(known[0] - best) else "better"

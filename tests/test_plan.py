@@ -76,6 +76,7 @@ def test_the_markdown_table_has_a_row_per_stage(tmp_path, capsys):
     (["wan_1.3b", "--size", "480x830"], "must be multiples of 16"),
     (["wan_1.3b", "--size", "480"], "HEIGHTxWIDTH"),
     (["wan_1.3b", "--mfu", "0"], "--mfu must be positive"),
+    (["wan_1.3b", "--mfu", "40"], "--mfu 40: a share of the peak, at most 1"),
     (["wan_1.3b", "run.deepspeed=nowhere.json"], "nowhere.json: no such file"),
 ])  # fmt: skip
 def test_bad_input_is_one_clear_line(arguments, said, capsys, tmp_path, monkeypatch):
