@@ -38,6 +38,7 @@ from rf_train.report_plots import (
 STYLE = """
 .headline { background: #f6f8fa; border: 1px solid #d8dee4; border-radius: 6px; padding: .6rem 1rem; margin: 1rem 0; }
 .headline p { margin: .3rem 0; } td { white-space: nowrap; } details { margin: .6rem 0; overflow-x: auto; }
+table { display: block; overflow-x: auto; }
 summary { cursor: pointer; color: #0b6bcb; } .wide td, .wide th { padding: .2rem .5rem; font-size: .8rem; }
 """
 SHOWN_SEGMENTS = 4  # of a clip, side by side: the first, the last, and some between
@@ -50,9 +51,15 @@ def routing_section(runs: list[RunRecord]) -> str:
     routed = [(run, run.evaluation["routing"]) for run in runs if run.evaluation.get("routing")]
     if not routed:
         return ""
-    heads = ["run", "first chunk", "entropy of a head's choices over distances, nats"]
-    rows = [[run.name, as_text(found["first_chunk"]), as_text(found["entropy"])] for run, found in routed]
-    about = "Counted while the videos were made, of the queries that could choose the chunk."
+    heads = ["run", "queries that chose the first chunk", "entropy of a head's choices over distances, nats"]
+    rows = []
+    for run, found in routed:
+        most = f"{as_text(found['entropy'])} of at most {as_text(float(np.log(max(1, len(found['by_distance'])))))}"
+        rows.append([run.name, as_text(found["first_chunk"]), most])
+    about = (
+        "Counted while the videos were made, of the queries that could choose the chunk. A head that chooses every "
+        "distance equally often has the highest entropy."
+    )
     return f"<h2>Which chunks routing chooses</h2><p>{about}</p>{routing_plot(routed)}{html_table(heads, rows)}"
 
 

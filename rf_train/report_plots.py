@@ -177,7 +177,7 @@ def routing_plot(routed: list[tuple[RunRecord, dict]]) -> str:
         image = axes.imshow(found["mean_distance"], aspect="auto", cmap="viridis")
         axes.set(title=f"mean distance, {run.label}", xlabel="head", ylabel="layer")
         axes.locator_params(integer=True)
-        figure.colorbar(image, ax=axes)
+        figure.colorbar(image, ax=axes, label="chunks")
     curve.set(title="share of queries that chose it", xlabel="distance in chunks", ylim=(0, 1))
     curve.legend(frameon=False)
     figure.tight_layout()

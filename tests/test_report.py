@@ -432,7 +432,7 @@ def test_the_choices_of_a_routed_run_are_shown(runs, tmp_path):
     routing = {"by_distance": [0.5, 0.25], "first_chunk": 0.125, "entropy": 0.5, "mean_distance": [[1.0, 2.0]] * 2}
     path.write_text(json.dumps({**json.loads(path.read_text()), "routing": routing}))
     page = page_of([tmp_path / "routed", runs[1]], tmp_path / "page.html")
-    assert "Which chunks routing chooses" in page and "<td>0.125</td><td>0.500</td>" in page
+    assert "Which chunks routing chooses" in page and "<td>0.125</td><td>0.500 of at most 0.693</td>" in page
     assert "Which chunks routing chooses" not in page_of(runs, tmp_path / "page.html")
 
 
