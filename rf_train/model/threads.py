@@ -11,12 +11,14 @@ from threading import Barrier
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def in_threads(function: Callable[..., Any], parts: Sequence[tuple], device: torch.device) -> list:
     """[function(*part) for each part], without gradients; on a CPU, in PyTorch's number of threads.
 
-    With fewer parts than threads, they come one after the other, and each has all threads.
+    With fewer parts than threads, they come one after the other, and each has all threads. So they do in a mode that
+    looks at every operation, such as PyTorch's counter of FLOP: it sees those of its own thread only.
     """
     threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
 
@@ -24,7 +26,7 @@ def in_threads(function: Callable[..., Any], parts: Sequence[tuple], device: tor
         with torch.inference_mode(inference), torch.no_grad():  # a thread has its own modes
             return function(*part)
 
-    if device.type != "cpu" or threads == 1 or len(parts) < threads:
+    if device.type != "cpu" or threads == 1 or len(parts) < threads or is_in_torch_dispatch_mode():
         return [call(part) for part in parts]
     return list(_pool(threads).map(call, parts))
 

@@ -6,6 +6,7 @@ from threading import Thread, get_ident
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from rf_train.model import threads
 from rf_train.model.threads import in_threads
@@ -32,6 +33,12 @@ def test_each_part_has_one_thread_and_the_others_keep_all():
 def test_too_few_parts_and_other_devices_stay_in_this_thread(parts, device):
     found = in_threads(lambda _: (torch.get_num_threads(), get_ident()), [(n,) for n in range(parts)], device)
     assert found == [(torch.get_num_threads(), get_ident())] * parts
+
+
+def test_a_mode_that_looks_at_operations_sees_them_all():
+    with FlopCounterMode(display=False) as counter:
+        in_threads(lambda n: torch.ones(2, n) @ torch.ones(n, 3), [(n,) for n in range(1, 9)], CPU)
+    assert counter.get_total_flops() == sum(2 * 2 * 3 * n for n in range(1, 9))
 
 
 @pytest.mark.parametrize("parts", [1, 4])
