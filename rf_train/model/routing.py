@@ -40,7 +40,7 @@ from rf_train.model.windows import Call, batches
 SMALL_PAIRS = 2**19  # queries x keys of a head, up to which a CPU is faster with a mask than with many small calls
 GRID = 65535  # sequences in one call of a GPU's variable-length kernel
 GATHERED_BYTES = {"cpu": 2**24, "cuda": 2**31}  # of the rows that are gathered at once; on a CPU by each thread
-TILE = {"cpu": 2**24, "cuda": 3072}  # queries in a tile; 0: no tiles. cuDNN's kernel is 1.6 times as fast on them
+TILE = {"cpu": 0, "cuda": 3072}  # queries in a tile; 0: no tiles. cuDNN's kernel is 1.6 times as fast on them
 
 observers: list[Callable[[Tensor, "RoutingPlan"], None]] = []  # called with the choices of every routed attention
 
