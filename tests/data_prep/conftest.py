@@ -1,5 +1,7 @@
 """What several tests of data preparation share."""
 
+import os
+
 import pytest
 
 from data_prep import default_codec
@@ -23,3 +25,30 @@ def videos(tmp_path):
     (folder / "b.txt").write_text("a red\n thing\n", encoding="utf-8")
     (folder / "a.txt").write_text("grün", encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="module")
+def coded_videos(tmp_path_factory):
+    """Videos of 40, 4, 12 and 33 frames."""
+    folder = tmp_path_factory.mktemp("videos")
+    lengths = {"a.mp4": 40, "b.mkv": 4, "c.mp4": 12, "d.mkv": 33}
+    return [write(folder / name, frames=n, options={"g": "8", "bf": "2"}) for name, n in lengths.items()]
+
+
+@pytest.fixture
+def in_worker(tmp_path, monkeypatch):
+    """Has workers run Python code when they look for the file of a name: {name: code}."""
+
+    def install(codes):
+        folder = tmp_path / "hook"
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(f"""
+import os, signal, time
+def isfile(path, original=os.path.isfile):
+    exec({codes!r}.get(os.path.basename(path), ""))
+    return original(path)
+os.path.isfile = isfile
+""")
+        monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+
+    return install
