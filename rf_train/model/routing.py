@@ -273,7 +273,7 @@ class RoutedAttention(torch.autograd.Function):
             for windows, whole, part in zip((queries, keys, keys), (dq, dk, dv), parts):
                 windows.of(whole).copy_(windows.by_clip(part))
 
-        def add_chosen(rests: list[tuple], clip: int, heads: slice, parts_of_queries: list[slice]) -> None:
+        def add_gradients(rests: list[tuple], clip: int, heads: slice, parts_of_queries: list[slice]) -> None:
             of_keys = clip, heads, slice(0, plan.gathered[-1])
             own_dk, own_dv = dk[of_keys], dv[of_keys]
             sum_dk, sum_dv = own_dk.float(), own_dv.float()  # fp32 needs no copies
@@ -294,5 +294,5 @@ class RoutedAttention(torch.autograd.Function):
             own_dv.copy_(sum_dv)
 
         groups = [(rests, *group) for rests, group in zip(rests_of_groups, pieces(q, plan))]
-        in_threads(add_chosen, groups, q.device)
+        in_threads(add_gradients, groups, q.device)
         return dq, dk, dv, None, None, None, None
